@@ -1,0 +1,206 @@
+"""Putting adapters on a model and taking them off: claims are collected and checked, then applied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer import places, site
+from veneer.delta import Method, Place
+from veneer.errors import MethodError, Overlap, PlaceError
+from veneer.handle import STATE, Adapter, Claim, state_of
+from veneer.methods import FullFineTuning
+from veneer.routing import activate
+
+Methods = Method | tuple[Method, ...]
+Where = str | Sequence[str]
+
+
+def attach(
+    model: nn.Module,
+    method: Methods | Mapping[str, Methods],
+    where: Where | None = None,
+    *,
+    name: str = "default",
+    also_train: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """Put a trained layer on a frozen model, and make it the one that acts and trains.
+
+    `method` is one method, a tuple of methods stacked in order, or a mapping from `where` to either. `where` is a text as
+    `veneer.places` reads it, or a list of them; None means the method's own default. `also_train` names modules (whole
+    dotted endings) that are trained whole, in a copy. `dtype` is that of the adapter's weights: float32 unless the base is
+    float64.
+
+    All other parameters are frozen; `detach` restores the model. The base's keys, class and modules stay as they are.
+
+    Raises NoSuchPlace, Overlap, UnreadableModel, MethodError or PlaceError, before the model is touched.
+    """
+    claims = claim(model, method, where, also_train=also_train, dtype=dtype)
+    return install(model, name, claims, also_train)
+
+
+def claim(
+    model: nn.Module,
+    method: Methods | Mapping[str, Methods],
+    where: Where | None = None,
+    *,
+    also_train: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+) -> list[Claim]:
+    """Find the places, build the deltas and check them; nothing is changed on the model."""
+    _refuse_sharded(model)
+    pairs = _pairs(method, where) + [
+        (f"re:(.*\\.)?{re.escape(module)}\\..*", FullFineTuning()) for module in also_train
+    ]
+    claims: list[Claim] = []
+    while pairs:
+        text, one = pairs.pop(0)
+        found = places.find(model, text, one.unit)
+        one.check(found)
+        claims += build(one, found, text, dtype)
+        pairs += list(one.companions(found))
+    claims = _each_once(claims)
+    _refuse_overlaps(claims, stacked=_stacked(method))
+    return claims
+
+
+def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None) -> list[Claim]:
+    """One method's deltas at these places, in the adapter's dtype; errors name the place."""
+    claims = []
+    for place in found:
+        try:
+            mapped = (
+                dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
+            )
+            delta = method.build(mapped)
+        except MethodError as error:
+            raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
+        claims.append(Claim(where, method, place, delta if dtype is None else delta.to(dtype)))
+    return claims
+
+
+def _each_once(claims: Sequence[Claim]) -> list[Claim]:
+    """Training a parameter whole twice is training it once: `bias="all"` and `also_train` may name the same one."""
+    kept: list[Claim] = []
+    whole: set[tuple[int, str]] = set()
+    for one in claims:
+        if one.place.key not in whole:
+            kept.append(one)
+        if isinstance(one.method, FullFineTuning):
+            whole.add(one.place.key)
+    return kept
+
+
+def _pairs(method: Methods | Mapping[str, Methods], where: Where | None) -> list[tuple[str, Method]]:
+    """(where, method) of everything asked for."""
+    if isinstance(method, Mapping):
+        if where is not None:
+            raise PlaceError("A mapping says where each method goes; leave `where` out, or pass one method.")
+        return [pair for text, methods in method.items() for pair in _pairs(methods, text)]
+    methods = method if isinstance(method, tuple) else (method,)
+    for one in methods:
+        if not isinstance(one, Method):
+            raise MethodError(f"attach takes methods such as veneer.LoRA(rank=8), not {one!r}.")
+    text = where if isinstance(where, str) or where is None else " | ".join(where)
+    return [(text or one.default_where, one) for one in methods]
+
+
+def _stacked(method: Methods | Mapping[str, Methods]) -> list[tuple[Method, ...]]:
+    groups = method.values() if isinstance(method, Mapping) else [method]
+    return [group for group in groups if isinstance(group, tuple)]
+
+
+def _refuse_overlaps(claims: Sequence[Claim], stacked: Sequence[tuple[Method, ...]]) -> None:
+    by_key: dict[tuple[int, str], list[Claim]] = {}
+    for new in claims:
+        others = by_key.setdefault(new.place.key, [])
+        for old in others:
+            together = any(old.method in group and new.method in group for group in stacked)
+            if not together and _overlap(old.place, new.place):
+                raise Overlap(
+                    f"{type(old.method).__name__} (where='{old.where}') and {type(new.method).__name__} "
+                    f"(where='{new.where}') both claim {new.place.path}. Pass a tuple to stack them, in order."
+                )
+        others.append(new)
+
+
+def _overlap(one: Place, other: Place) -> bool:
+    if one.spans is None or other.spans is None:
+        return True
+    return any(a < d and c < b for a, b in one.spans for c, d in other.spans)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    from torch.distributed.tensor import DTensor
+
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise PlaceError(
+                f"{name} is already sharded, and an adapter attached now would not be synchronised. Attach first, then "
+                "call fully_shard."
+            )
+
+
+def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Sequence[str] = ()) -> Adapter:
+    """Stand checked claims on the model under a name, freeze the rest, and make the adapter the active one."""
+    state = state_of(model)
+    places.check_name(model, name, list(state.adapters))
+    for one in claims:
+        if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
+            raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
+    if not state.adapters:
+        state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+        model.requires_grad_(False)
+    vars(model)[STATE] = state
+    for one in claims:
+        one.delta.train(one.place.reader.training)
+        site.add(one.place, name, one.delta, state.routes)
+    adapter = Adapter(name, model, claims, also_train)
+    state.adapters[name] = adapter
+    state.routes.order.append(name)
+    activate(model, name)
+    torch.compiler.reset()
+    return adapter
+
+
+def take_off(model: nn.Module, adapter: Adapter) -> None:
+    """Remove an adapter's sites; what it merged stays."""
+    state = state_of(model)
+    for one in adapter.claims:
+        site.remove(one.place.reader, adapter.name)
+    routes = state.routes
+    routes.order.remove(adapter.name)
+    routes.active = tuple(name for name in routes.active if name != adapter.name)
+    if routes.rows is not None:
+        routes.rows = tuple(tuple(name for name in row if name != adapter.name) for row in routes.rows)
+    del state.adapters[adapter.name]
+    adapter.attached = False
+    if not state.adapters:
+        del vars(model)[STATE]
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_(state.trainable.get(key, parameter.requires_grad))
+    torch.compiler.reset()
+
+
+def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """Run one batch and name the places whose adapter never ran: code went round the module they stand on.
+
+    An empty list is good. The usual cause is code that reads a layer's `.weight` without calling the layer.
+    """
+    active = [a for a in state_of(model).adapters.values() if a.name in state_of(model).routes.active]
+    ran: set[int] = set()
+    watched = [one for adapter in active for one in adapter.claims]
+    hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]
+    try:
+        with torch.no_grad():
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [one.place.path for one in watched if id(one.delta) not in ran]

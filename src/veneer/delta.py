@@ -1,0 +1,212 @@
+"""The contract: five ports, the places they stand at, and the method that builds what stands there.
+
+A method is one frozen dataclass; for each `Place` it builds a `Delta`, a small module whose forward *is* what happens at
+its port. A delta knows nothing of how the base weight is stored, which rows of a batch it serves, or how it is saved.
+
+| port       | the base computes        | with the delta                 |
+|------------|--------------------------|--------------------------------|
+| `Before`   | base(x)                  | base(delta(x))                 |
+| `After`    | y = base(x)              | delta(x, y)                    |
+| `KeyValue` | attention over k, v      | attention over delta(k, v)     |
+| `Input`    | embeddings e of ids      | delta(ids, e)                  |
+| `Weight`   | a parameter w is read    | delta(w) is read               |
+
+Always call a delta (`delta(x, y)`), never another method on it in a forward pass: offloading tools move its tensors in
+`__call__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from veneer.errors import MethodError
+from veneer.patterns import matcher
+
+if TYPE_CHECKING:
+    from veneer.formats import Format
+    from veneer.layers import LinearMap
+
+Unit = Literal["weight", "parameter", "attention", "input"]
+Span = tuple[int, int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One spot of a model where a delta can stand.
+
+    `path` names it for people and files. `reader` is the module whose forward uses the thing (hooks go there), `owner`
+    the module that holds `parameter`; they differ where code reads a child's weight without calling the child.
+    `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
+    """
+
+    path: str
+    reader_path: str
+    reader: nn.Module
+    owner_path: str
+    owner: nn.Module
+    parameter: str
+    format: Format
+    shape: tuple[int, ...]
+    map: LinearMap | None = None
+    functional: bool = False
+    spans: tuple[Span, ...] | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter as it is stored."""
+        parameter = self.owner._parameters[self.parameter]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What two places share when they mean the same parameter."""
+        return id(self.owner), self.parameter
+
+    @property
+    def bias(self) -> str:
+        """Path of the bias beside the weight, or the empty string."""
+        name = self.parameter.replace("weight", "bias")
+        return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a glob or `re:` regex names this place or the module it lies in."""
+        match = matcher(pattern)
+        return any(match(path) for path in {self.path, self.owner_path, self.reader_path})
+
+    def choose(self, table: Mapping[str, T], default: T) -> T:
+        """The value of the first pattern in `table` that names this place."""
+        return next((value for pattern, value in table.items() if self.matches(pattern)), default)
+
+    def restricted(self, spans: tuple[Span, ...], label: str) -> Place:
+        """This place, for only these output rows of its weight; `label` tells it from its siblings."""
+        rows = sum(stop - start for start, stop in spans)
+        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=(rows, *self.shape[1:]))
+
+    def read(self) -> Tensor:
+        """The weight as a dense tensor in its logical shape [out, in, ...]; only the rows of `spans`."""
+        dense = self.format.read(self.owner, self.parameter)
+        return dense if self.spans is None else dense[row_index(self.spans, dense.device)]
+
+    def write(self, weight: Tensor) -> None:
+        """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
+        if self.spans is not None:
+            dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
+            weight = dense.index_copy(0, row_index(self.spans, dense.device), weight)
+        self.format.write(self.owner, self.parameter, weight)
+
+
+def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
+    """The row numbers that `spans` mean, in order."""
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+
+
+def compute_dtype(stored: torch.dtype) -> torch.dtype:
+    """The dtype adapter weights are kept in on a base stored as `stored`: never under float32."""
+    return torch.promote_types(stored, torch.float32) if stored.is_floating_point else torch.float32
+
+
+class Delta(nn.Module, ABC):
+    """What happens at one place. Subclass one of the five ports, not this.
+
+    `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate.
+    """
+
+    mergeable: ClassVar[bool] = False
+    fast: ClassVar[frozenset[str]] = frozenset()
+
+    def merge(self, weight: Tensor) -> Tensor:
+        """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
+        raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
+
+    @abstractmethod
+    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What happens at the port."""
+
+
+class Before(Delta):
+    """base(x) becomes base(delta(x))."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor: ...  # type: ignore[override]
+
+
+class After(Delta):
+    """y = base(x) becomes delta(x, y)."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor: ...  # type: ignore[override]
+
+
+class KeyValue(Delta):
+    """Attention over k, v [batch, kv_heads, length, head_dim] becomes attention over delta(k, v).
+
+    The delta may put `n` positions in front of both; every query may attend to those.
+    """
+
+    @abstractmethod
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...  # type: ignore[override]
+
+
+class Input(Delta):
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+
+    @abstractmethod
+    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...  # type: ignore[override]
+
+
+class Weight(Delta):
+    """Where a parameter w is read, delta(w) is read instead; the stored w stays as it is."""
+
+    @abstractmethod
+    def forward(self, w: Tensor) -> Tensor: ...  # type: ignore[override]
+
+
+@cache
+def _checkers(method: type) -> dict[str, TypeAdapter[Any]]:
+    hints = get_type_hints(method, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(method)}
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One PEFT method: its options, its checks, and the delta it builds. Subclasses are frozen dataclasses.
+
+    `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections),
+    "parameter" (any parameter), "attention" (keys and values) or "input" (input embeddings). `default_where` is where it
+    goes when the user names nothing.
+    """
+
+    unit: ClassVar[Unit] = "weight"
+    default_where: ClassVar[str] = "linear"
+
+    def __post_init__(self) -> None:
+        """Check every option against its annotation, so that a wrong value is named before it does harm."""
+        for name, checker in _checkers(type(self)).items():
+            value = vars(self)[name]
+            try:
+                object.__setattr__(self, name, checker.validate_python(value, strict=True))
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Input ")
+                raise MethodError(f"{type(self).__name__}({name}={value!r}): {name} {reason}.") from None
+
+    @abstractmethod
+    def build(self, place: Place) -> Delta:
+        """The delta for one place, on the place's device and in `compute_dtype` of its weight."""
+
+    def check(self, places: Sequence[Place]) -> None:
+        """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
+        """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""
+        return ()

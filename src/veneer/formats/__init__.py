@@ -1,0 +1,71 @@
+"""How a base weight is stored: its logical shape, reading it dense, writing it back.
+
+A format is found by the qualified names along a module's method resolution order, the most specific first, so that
+recognising transformers' Conv1D or a quantizer's linear imports neither library. A new storage is one file here and one
+row in `_KNOWN`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from importlib import import_module
+
+from torch import Tensor, nn
+
+from veneer.layers import LinearMap
+
+_KNOWN = {
+    "torch.nn.modules.linear.Linear": "dense.Linear",
+    "torch.nn.modules.sparse.Embedding": "dense.Embedding",
+    "torch.nn.modules.conv.Conv1d": "dense.Convolution",
+    "torch.nn.modules.conv.Conv2d": "dense.Convolution",
+    "torch.nn.modules.conv.Conv3d": "dense.Convolution",
+    "torch.nn.modules.activation.MultiheadAttention": "attention.MultiheadAttention",
+    "transformers.pytorch_utils.Conv1D": "dense.Conv1D",
+    "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
+    "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",
+}
+
+
+class Format(ABC):
+    """One way to store the weight of one kind of module. Formats hold no state."""
+
+    functional: bool = False
+    """The module's forward reads its weights without calling the modules that own them."""
+
+    def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
+        """(path of the owner below the module, parameter name) of each weight that a method can act on."""
+        yield "", "weight"
+
+    @abstractmethod
+    def map(self, module: nn.Module) -> LinearMap:
+        """What the module computes with its weight; MethodError for a variant that has no such form."""
+
+    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
+        """The logical shape [out, in, *kernel]."""
+        return tuple(self.read(owner, parameter).shape)
+
+    def count(self, owner: nn.Module, parameter: str) -> int:
+        """How many elements the stored parameter means, whatever it is packed into."""
+        tensor = owner._parameters[parameter]
+        return 0 if tensor is None else tensor.numel()
+
+    @abstractmethod
+    def read(self, owner: nn.Module, parameter: str) -> Tensor:
+        """The weight as a dense tensor in its logical shape; may share memory with the stored one."""
+
+    @abstractmethod
+    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
+        """Replace the stored values in place; NotMergeable where the storage cannot take them."""
+
+
+def of(module: nn.Module) -> Format | None:
+    """The format of a module's weight, or None where the module is no linear map that Veneer knows."""
+    for cls in type(module).__mro__:
+        name = _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+        if name is not None:
+            file, attribute = name.split(".")
+            found: Format = vars(import_module(f"{__name__}.{file}"))[attribute]()
+            return found
+    return None

@@ -1,0 +1,52 @@
+"""bitsandbytes' quantized linears: adapters train on them; writing a changed weight back would lose it to rounding."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from veneer import layers
+from veneer.errors import NotMergeable
+from veneer.formats.dense import Linear
+
+
+class _Quantized(Linear):
+    """What both kinds share: the logical shape is the module's own, not that of the packed storage."""
+
+    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
+        assert isinstance(owner, nn.Linear)
+        return owner.out_features, owner.in_features
+
+    def map(self, module: nn.Module) -> layers.LinearMap:
+        return layers.Matrix()
+
+    def count(self, owner: nn.Module, parameter: str) -> int:
+        if parameter != "weight":
+            return super().count(owner, parameter)
+        out, in_ = self.shape(owner, parameter)
+        return out * in_
+
+    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
+        raise NotMergeable(
+            f"a {type(owner).__name__} stores its weight quantized, and rounding it again would lose most of a small "
+            "change. Load the base in bfloat16 and merge there, or keep the adapter attached."
+        )
+
+
+class Linear4bit(_Quantized):
+    """NF4 and FP4 weights, two to a byte."""
+
+    def read(self, owner: nn.Module, parameter: str) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = owner._parameters[parameter]
+        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
+        return dense
+
+
+class Linear8bitLt(_Quantized):
+    """LLM.int8() weights: one byte an element and a scale a row."""
+
+    def read(self, owner: nn.Module, parameter: str) -> Tensor:
+        weight = owner._parameters[parameter]
+        scale: Tensor = weight.SCB  # type: ignore[union-attr]
+        return weight.data.float() * (scale.float() / 127).unsqueeze(1)  # type: ignore[union-attr]

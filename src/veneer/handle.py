@@ -1,0 +1,145 @@
+"""The handle on an adapter, and what Veneer remembers about a model that carries adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.counting import count_parameters
+from veneer.delta import Delta, Method, Place
+from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
+from veneer.site import Routes
+
+STATE = "_veneer"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One delta of an adapter: where it stands, and the method that built it."""
+
+    where: str
+    method: Method
+    place: Place
+    delta: Delta
+
+
+@dataclass
+class State:
+    """What Veneer remembers about one model; it lies on the model, so that copies and pickles carry it."""
+
+    routes: Routes = field(default_factory=Routes)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    trainable: dict[str, bool] = field(default_factory=dict)
+
+
+class Adapter:
+    """A handle on one adapter of one model: what `attach` and `load` return."""
+
+    def __init__(self, name: str, model: nn.Module, claims: Sequence[Claim], also_train: Sequence[str] = ()) -> None:
+        self.name = name
+        self.model = model
+        self.claims = tuple(claims)
+        self.also_train = tuple(also_train)
+        self.originals: list[tuple[nn.Module, str, Tensor]] = []
+        self.attached = True
+
+    def __repr__(self) -> str:
+        methods = dict.fromkeys(type(claim.method).__name__ for claim in self.claims)
+        return f"Adapter({self.name!r}: {', '.join(methods)} at {len(self.claims)} places)"
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key, parameter) of all that this adapter trains. A key is the place's path, a running number, and the name."""
+        seen: dict[str, int] = {}
+        for claim in self.claims:
+            number = seen.setdefault(claim.place.path, 0)
+            seen[claim.place.path] += 1
+            for name, parameter in claim.delta.named_parameters():
+                yield f"{claim.place.path}.{number}.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that this adapter trains; give it to an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The trained tensors by key, sharing memory with the parameters."""
+        return {key: parameter.detach() for key, parameter in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors in; AdapterError, before anything is changed, where keys or shapes differ."""
+        own = dict(self.named_parameters())
+        problems = [f"{key} is missing" for key in own.keys() - tensors.keys()]
+        problems += [f"{key} is left over" for key in tensors.keys() - own.keys()]
+        problems += [
+            f"{key} is {tuple(tensors[key].shape)}, not {tuple(own[key].shape)}"
+            for key in own.keys() & tensors.keys()
+            if tensors[key].shape != own[key].shape
+        ]
+        if problems:
+            raise AdapterError(f"The tensors do not fit adapter '{self.name}': {listed(sorted(problems))}.")
+        for key, parameter in own.items():
+            parameter.copy_(tensors[key])
+
+    def parameter_groups(self, lr: float, lora_plus_ratio: float | None = None) -> list[dict[str, Any]]:
+        """Groups for an optimizer: one at `lr`, and with `lora_plus_ratio` a second, at `lr` times it, for every B.
+
+        LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354) trains B
+        faster than A; the paper's ratio is 16. Raises MethodError where the adapter has no B.
+        """
+        fast = {id(p) for claim in self.claims for n, p in claim.delta.named_parameters() if n in claim.delta.fast}
+        if lora_plus_ratio is None:
+            return [{"params": list(self.parameters()), "lr": lr}]
+        if not fast:
+            raise MethodError(f"{self!r} has no B for lora_plus_ratio to act on. Leave lora_plus_ratio out.")
+        groups = [
+            {"params": [p for p in self.parameters() if id(p) not in fast], "lr": lr},
+            {"params": [p for p in self.parameters() if id(p) in fast], "lr": lr * lora_plus_ratio},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def summary(self) -> str:
+        """A few lines for people: methods and places, what is trained, what is frozen, what acts now."""
+        state = state_of(self.model)
+        lines = [f"Adapter '{self.name}' on {type(self.model).__name__}"]
+        groups: dict[tuple[str, str], list[Claim]] = {}
+        for claim in self.claims:
+            groups.setdefault((str(claim.method), claim.where), []).append(claim)
+        for (method, where), claims in groups.items():
+            count = sum(p.numel() for claim in claims for p in claim.delta.parameters())
+            lines.append(f"  {method} at {len(claims)} places (where='{where}'): {count:,} parameters")
+        frozen = sum(not p.requires_grad for p in self.model.parameters())
+        lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")
+        if self.name in state.routes.merged:
+            lines.append("  merged into the base's weights")
+        lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
+        return "\n".join(lines)
+
+
+def state_of(model: nn.Module) -> State:
+    """The model's state; a new one where nothing is attached yet."""
+    state: State = vars(model).get(STATE) or State()
+    return state
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters of a model by name, in the order of attaching."""
+    return dict(state_of(model).adapters)
+
+
+def handle(model: nn.Module, adapter: Adapter | str) -> Adapter:
+    """The adapter of that name or handle; UnknownAdapter where it is not on the model."""
+    name = adapter if isinstance(adapter, str) else adapter.name
+    known = state_of(model).adapters
+    if name not in known or (isinstance(adapter, Adapter) and known[name] is not adapter):
+        there = f" It has: {', '.join(known)}." if known else " It has none."
+        raise UnknownAdapter(f"{type(model).__name__} has no adapter '{name}'.{closest(name, known)}{there}")
+    return known[name]
+
+
+def in_order(state: State, names: Sequence[str]) -> tuple[str, ...]:
+    """Names in the order of attaching, which is the order of stacking."""
+    return tuple(name for name in state.routes.order if name in names)

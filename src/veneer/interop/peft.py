@@ -1,0 +1,215 @@
+"""Hugging Face PEFT's adapter files, which vLLM, SGLang and llama.cpp's converter read too.
+
+`adapter_config.json` says how to read `adapter_model.safetensors`, whose keys are `base_model.model.<module>.<parameter>`.
+PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked at one place, are written as one pair whose
+A are put under each other and whose B stand in their own rows and columns, zero elsewhere: the same sum, exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer import places
+from veneer.delta import Place, row_index
+from veneer.handle import Adapter, Claim
+from veneer.lowrank import Pair
+from veneer.methods import FullFineTuning, LoRA
+from veneer.seams import transformers
+
+PREFIX = "base_model.model."
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+class NotInPEFT(Exception):
+    """PEFT has no file for this adapter; the message says why."""
+
+
+def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
+    """The tensors under PEFT's keys; NotInPEFT where PEFT has no such thing."""
+    tensors: dict[str, Tensor] = {}
+    groups = _groups(claims)
+    for group in groups.values():
+        place = group[0].place
+        key_a, key_b = _keys(place)
+        pairs = [_pair(claim) for claim in group]
+        tensors[key_a] = torch.cat([pair.A.detach() for pair in pairs])
+        tensors[key_b] = _joined(group, pairs) * _peft_factor(place)
+    adapted = {claim.place.owner_path for group in groups.values() for claim in group}
+    for claim in claims:
+        if isinstance(claim.method, FullFineTuning):
+            (value,) = claim.delta.parameters()
+            tensors[_whole_key(claim.place, adapted)] = value.detach()
+    return tensors
+
+
+def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
+    """Fill the claims' deltas from tensors that have the keys and shapes of `to_tensors`."""
+    groups = _groups(claims)
+    for group in groups.values():
+        key_a, key_b = _keys(group[0].place)
+        start = 0
+        for claim in group:
+            pair = _pair(claim)
+            columns = slice(start, start + pair.rank)
+            rows = _rows(claim.place, tensors[key_b])
+            fill(pair.A, tensors[key_a][columns])
+            fill(pair.B, tensors[key_b][rows][:, columns] / _peft_factor(claim.place))
+            start += pair.rank
+    adapted = {claim.place.owner_path for group in groups.values() for claim in group}
+    for claim in claims:
+        if isinstance(claim.method, FullFineTuning):
+            (value,) = claim.delta.parameters()
+            fill(value, tensors[_whole_key(claim.place, adapted)])
+
+
+def to_config(adapter: Adapter) -> dict[str, Any]:
+    """`adapter_config.json` for an adapter that `to_tensors` accepts."""
+    groups = _groups(adapter.claims)
+    rslora = all(isinstance(c.method, LoRA) and c.method.use_rslora for group in groups.values() for c in group)
+    sizes = {_module(path): _size(group, rslora) for path, group in groups.items()}
+    (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    lora = next(claim.method for group in groups.values() for claim in group)
+    assert isinstance(lora, LoRA)
+    base = transformers.describe(adapter.model)
+    return {
+        "alpha_pattern": {path: a for path, (_, a) in sorted(sizes.items()) if a != alpha},
+        "base_model_name_or_path": base.get("name_or_path") or None,
+        "bias": lora.bias,
+        "fan_in_fan_out": all(_is_conv1d(group[0].place) for group in groups.values()),
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": alpha,
+        "lora_dropout": lora.dropout,
+        "modules_to_save": sorted(adapter.also_train) or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {path: r for path, (r, _) in sorted(sizes.items()) if r != rank},
+        "target_modules": _target_modules(adapter.model, set(sizes)),
+        "task_type": next((task for end, task in _TASKS.items() if base["class"].endswith(end)), None),
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+
+
+def _groups(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
+    """LoRA claims by the weight they change, in order; refuses what PEFT's LoRA cannot hold."""
+    groups: dict[str, list[Claim]] = {}
+    for claim in claims:
+        if isinstance(claim.method, LoRA):
+            groups.setdefault(f"{claim.place.owner_path}:{claim.place.parameter}", []).append(claim)
+        elif not isinstance(claim.method, FullFineTuning):
+            raise NotInPEFT(f"{type(claim.method).__name__} is no method that PEFT's LoRA files can hold")
+    if not groups:
+        raise NotInPEFT("PEFT's files hold trained modules only beside a method such as LoRA")
+    for path, group in groups.items():
+        if len({_pair(claim).scale for claim in group}) > 1:
+            raise NotInPEFT(f"{path} has LoRAs of different scales, which one A and B cannot hold bit for bit")
+    dropouts = {claim.method.dropout for group in groups.values() for claim in group if isinstance(claim.method, LoRA)}
+    if len(dropouts) > 1:
+        raise NotInPEFT("the LoRAs have different dropouts")
+    halves = Counter(g[0].place.reader_path for g in groups.values() if g[0].place.functional)
+    for path, count in halves.items():
+        if count != 2:
+            raise NotInPEFT(f"PEFT adapts in_proj_weight and out_proj of {path} only together")
+    return groups
+
+
+def _pair(claim: Claim) -> Pair:
+    assert isinstance(claim.delta, Pair)
+    return claim.delta
+
+
+def _rows(place: Place, B: Tensor) -> Tensor:
+    """The rows of the module's B that belong to this place."""
+    return row_index(place.spans or ((0, len(B)),), B.device)
+
+
+def _joined(group: Sequence[Claim], pairs: Sequence[Pair]) -> Tensor:
+    if len(group) == 1 and group[0].place.spans is None:
+        return pairs[0].B.detach()
+    place = group[0].place
+    out = place.format.shape(place.owner, place.parameter)[0]
+    joined = pairs[0].B.new_zeros(out, sum(pair.rank for pair in pairs))
+    start = 0
+    for claim, pair in zip(group, pairs, strict=True):
+        joined[_rows(claim.place, joined), start : start + pair.rank] = pair.B.detach()
+        start += pair.rank
+    return joined
+
+
+def _size(group: Sequence[Claim], rslora: bool) -> tuple[int, float]:
+    """Rank and alpha that give the group's scale."""
+    rank = sum(_pair(claim).rank for claim in group)
+    scale = _pair(group[0]).scale
+    alpha = scale * (math.sqrt(rank) if rslora else rank)
+    return rank, round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+
+
+def _peft_factor(place: Place) -> float:
+    """PEFT's MultiheadAttention adds the change of out_proj twice (seen in 0.21.2), so its B is written halved, which is
+    exact, and read doubled; either side then computes what the other does."""
+    return 0.5 if place.functional and place.owner is not place.reader else 1.0
+
+
+def _is_conv1d(place: Place) -> bool:
+    return type(place.owner).__name__ == "Conv1D"
+
+
+def _module(path: str) -> str:
+    """The module PEFT wraps: nn.MultiheadAttention as a whole, out_proj below it."""
+    return path.partition(":")[0]
+
+
+def _stem(place: Place) -> str:
+    """PEFT's path of a wrapped layer."""
+    if place.functional and place.owner is not place.reader:
+        return f"{PREFIX}{place.reader_path}.base_layer.{place.owner_path.rpartition('.')[2]}"
+    return f"{PREFIX}{place.owner_path}"
+
+
+def _keys(place: Place) -> tuple[str, str]:
+    if place.functional and place.parameter not in ("in_proj_weight", "weight"):
+        raise NotInPEFT(f"PEFT has no LoRA on {place.path}")
+    if isinstance(place.owner, nn.Embedding):
+        return f"{_stem(place)}.lora_embedding_A", f"{_stem(place)}.lora_embedding_B"
+    return f"{_stem(place)}.lora_A.weight", f"{_stem(place)}.lora_B.weight"
+
+
+def _whole_key(place: Place, adapted: set[str]) -> str:
+    """PEFT's key of a parameter trained whole: below `base_layer` where LoRA wraps its module."""
+    if place.owner_path in adapted:
+        return f"{_stem(place)}.base_layer.{place.parameter}"
+    if place.owner is place.reader and f"{place.owner_path}.out_proj" in adapted:
+        raise NotInPEFT("PEFT does not save the in_proj_bias of an nn.MultiheadAttention that it adapts")
+    return f"{PREFIX}{place.owner_path}.{place.parameter}"
+
+
+def _target_modules(model: nn.Module, adapted: set[str]) -> list[str]:
+    """Last components where they mean exactly the adapted modules, whole paths otherwise."""
+    targets: set[str] = set()
+    paths = [path for path, _ in places.modules(model)]
+    for path in adapted:
+        last = path.rpartition(".")[2]
+        alike = {other for other in paths if other == last or other.endswith(f".{last}")}
+        targets.add(last if alike <= adapted else path)
+    return sorted(targets)
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
+    """Copy a tensor in; a wider dtype in the file is kept, a narrower one is widened without loss."""
+    dtype = torch.promote_types(parameter.dtype, tensor.dtype)
+    parameter.data = tensor.to(device=parameter.device, dtype=dtype, copy=True).contiguous()

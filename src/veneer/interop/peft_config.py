@@ -1,0 +1,143 @@
+"""What a Hugging Face PEFT folder means: from its config and its keys to methods and places."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from veneer import places
+from veneer.delta import Method, Span
+from veneer.errors import CorruptFile, FileError, listed
+from veneer.interop.peft import PREFIX
+from veneer.methods import FullFineTuning, LoRA
+
+# Options that only say where the adapter came from, or that the resolved places already contain.
+_HARMLESS = {
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "peft_version",
+        "task_type",
+        "inference_mode",
+        "peft_type",
+    ),
+    *("init_lora_weights", "megatron_core", "qalora_group_size", "fan_in_fan_out", "corda_config", "eva_config"),
+    *("lora_ga_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method and the exact places it stands at, as a file names them."""
+
+    method: Method
+    where: str
+    places: list[tuple[str, tuple[Span, ...] | None]]
+
+
+def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: str) -> list[Entry]:
+    """The methods and places that PEFT's config and tensor keys mean on this model.
+
+    Raises FileError for options that change what the adapter computes and that Veneer does not have, CorruptFile for
+    fields of the wrong type or modules that the config names but the tensors lack.
+    """
+    _refuse_foreign(config, file)
+    try:
+        lora = LoRA(
+            rank=config["r"],
+            alpha=config.get("lora_alpha", 8),
+            dropout=config.get("lora_dropout", 0.0),
+            use_rslora=config.get("use_rslora", False),
+            bias=config.get("bias", "none"),
+        )
+        patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptFile(f"{file} is no config of a LoRA: {error}.") from None
+    modules = _adapted(keys)
+    _refuse_incomplete(model, config, modules, file)
+    lora = _with_patterns(lora, patterns, modules, file)
+    entries = [Entry(lora, "target_modules", [(path, None) for path in _paths(model, modules)])]
+    whole = sorted(_whole_path(key) for key in keys if ".lora_" not in key)
+    if whole:
+        entries.append(Entry(FullFineTuning(), "modules_to_save", [(path, None) for path in whole]))
+    return entries
+
+
+def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With bias="all" PEFT writes a trained module's bias three times; only the one under the module's own path counts."""
+    return {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
+
+
+def _refuse_foreign(config: dict[str, Any], file: str) -> None:
+    if config.get("peft_type") != "LORA":
+        raise FileError(f"{file} holds a {config.get('peft_type')!r} adapter; Veneer reads PEFT's LORA.")
+    foreign = [name for name, value in config.items() if value and name not in _HARMLESS]
+    if foreign:
+        raise FileError(
+            f"{file} uses {listed(sorted(foreign))}, which Veneer's LoRA does not have; merge it with PEFT."
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        raise FileError(
+            f"{file} was made with init_lora_weights='{init}', which changed base weights that the file does not hold. "
+            "Convert it to a plain LoRA with PEFT first."
+        )
+
+
+def _adapted(keys: set[str]) -> set[str]:
+    """The modules that have LoRA tensors, as PEFT paths without the prefix."""
+    return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
+
+
+def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[str], file: str) -> None:
+    """A module that the config names and the model has must have tensors: a file may have lost some."""
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    targets = config.get("target_modules") or []
+    if targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        match = re.compile(targets).fullmatch
+        named = {path for path in places.weights(model) if match(path)}
+    else:
+        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in targets)}
+    saved = [str(name) for name in config.get("modules_to_save") or []]
+    named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
+    lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
+    if lost:
+        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
+
+
+def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
+    """PEFT's patterns are regular expressions over path endings; those that match nothing are left out."""
+    known = {
+        name: {
+            f"re:(.*\\.)?({key})": value
+            for key, value in table.items()
+            if any(re.match(rf"(.*\.)?({key})$", path) for path in modules)
+        }
+        for name, table in patterns.items()
+    }
+    try:
+        return dataclasses.replace(lora, **known)
+    except ValueError as error:
+        raise CorruptFile(f"{file}: {error}") from None
+
+
+def _paths(model: nn.Module, modules: set[str]) -> list[str]:
+    """Veneer's paths of PEFT's wrapped modules, in the order of the model."""
+    wanted = {path.replace(".base_layer.", ".") for path in modules}
+    inventory = places.weights(model)
+    parts = {f"{path}.in_proj_weight" if f"{path}.in_proj_weight" in inventory else path for path in wanted}
+    order = {path: i for i, path in enumerate(inventory)}
+    return sorted(parts, key=lambda path: (order.get(path, len(order)), path))
+
+
+def _whole_path(key: str) -> str:
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")

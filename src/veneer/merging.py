@@ -1,0 +1,112 @@
+"""Folding an adapter into the weights, and taking it out or off again bit for bit.
+
+Subtracting a merged change does not give the old weight back: in bfloat16 more than half of the entries come out
+different. So `merge` keeps what it replaces, and `unmerge` puts it back.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+
+from veneer.adapter import take_off
+from veneer.delta import compute_dtype
+from veneer.errors import AdapterError, NotMergeable, listed
+from veneer.handle import Adapter, handle, in_order, state_of
+
+
+def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
+    """Fold an adapter into the base's weights, computed in float32 or wider and rounded once to the stored dtype.
+
+    The stored weights are kept (a copy of each changed one), so that `unmerge` and `detach` restore them bit for bit. With
+    `permanent=True` nothing is kept and the adapter is taken off: a plain model with the adapter's behaviour.
+
+    Raises NotMergeable, before the model is touched, where a method has no weight form, a weight is shared with another
+    module (a tied embedding and head), or its storage cannot take the change.
+    """
+    adapter = handle(model, adapter)
+    state = state_of(model)
+    if adapter.name in state.routes.merged:
+        raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
+    _refuse_unmergeable(model, adapter)
+    _fold(adapter)
+    if permanent:
+        adapter.originals.clear()
+        take_off(model, adapter)
+        return
+    routes = state.routes
+    routes.merged.append(adapter.name)
+    routes.active = in_order(state, [*routes.active, adapter.name])
+    if routes.rows is not None:
+        routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def _fold(adapter: Adapter) -> None:
+    kept: set[tuple[int, str]] = set()
+    try:
+        for one in adapter.claims:
+            place = one.place
+            if place.key not in kept:
+                kept.add(place.key)
+                adapter.originals.append((place.owner, place.parameter, place.weight.detach().clone()))
+            dense = place.read()
+            place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
+    except Exception:
+        _restore(adapter)
+        raise
+
+
+@torch.no_grad()
+def _restore(adapter: Adapter) -> None:
+    for owner, name, stored in adapter.originals:
+        cast(nn.Parameter, owner._parameters[name]).data.copy_(stored)
+    adapter.originals.clear()
+
+
+def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for one in adapter.claims:
+        if not one.delta.mergeable:
+            raise NotMergeable(
+                f"{type(one.method).__name__} acts on activations; it has no merged weight. Keep it attached, or use a "
+                "weight method."
+            )
+        shared = owners[id(one.place.weight)]
+        if len(shared) > 1:
+            raise NotMergeable(
+                f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change as well. Untie them first, or keep "
+                "the adapter attached."
+            )
+
+
+def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
+    """Put back the weights that `merge` kept, bit for bit; the adapter acts through its hooks again.
+
+    Raises AdapterError where it is not merged, or another adapter was merged after it.
+    """
+    adapter = handle(model, adapter)
+    merged = state_of(model).routes.merged
+    if adapter.name not in merged:
+        raise AdapterError(f"Adapter '{adapter.name}' is not merged.")
+    if merged[-1] != adapter.name:
+        raise AdapterError(f"Adapter '{merged[-1]}' was merged after '{adapter.name}'. Unmerge '{merged[-1]}' first.")
+    _restore(adapter)
+    merged.remove(adapter.name)
+    torch.compiler.reset()
+
+
+def detach(model: nn.Module, adapter: Adapter | str) -> None:
+    """Take an adapter off. A merged one is unmerged first, so that the model is again what it was, bit for bit.
+
+    With the last adapter gone every parameter gets back the `requires_grad` it had before.
+    """
+    adapter = handle(model, adapter)
+    if adapter.name in state_of(model).routes.merged:
+        unmerge(model, adapter)
+    take_off(model, adapter)

@@ -1,0 +1,6 @@
+"""The methods, one file each."""
+
+from veneer.methods.full import FullFineTuning
+from veneer.methods.lora import LoRA
+
+__all__ = ["FullFineTuning", "LoRA"]

@@ -1,0 +1,90 @@
+"""LoRA: a trained low-rank change beside every frozen weight."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from veneer.delta import Delta, Method, Place, Unit
+from veneer.errors import MethodError
+from veneer.lowrank import Beside, Inside
+from veneer.methods.full import FullFineTuning
+
+Rank = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation: the frozen weight plus a trained product of two thin matrices.
+
+    Formula:
+        W' = W + (alpha / rank) · B·A, or (alpha / sqrt(rank)) · B·A with use_rslora. A projects down, B up.
+
+    Shapes:
+        A [rank, in], B [out, rank]; a convolution's A is [rank, in, *kernel]; an embedding's `in` is its vocabulary.
+
+    Defaults:
+        rank: width of the product.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an input of A while training.
+        use_rslora: scale by alpha / sqrt(rank), which keeps high ranks learning.
+        init: of A: "kaiming" (uniform within 1/sqrt(fan in)), "gaussian" (std 1/rank) or "orthogonal"; B is zero.
+        bias: base biases trained as well: "none", "lora_only" (of the adapted layers) or "all".
+        rank_pattern: other ranks, by glob or `re:` regex over module paths; the first match holds.
+        alpha_pattern: other alphas, likewise.
+
+    Cost:
+        rank · (in + out) parameters a layer: 65,536 for rank 8 on 4096 x 4096. No cost at inference once merged.
+
+    Merging:
+        W' is stored, rounded once to the dtype of the weight.
+
+    Errors:
+        MethodError for a value out of range, a pattern or bias option that matches nothing, or dropout on a weight that is
+        read functionally (nn.MultiheadAttention).
+
+    Paper:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; rank-stabilised
+        scale: Kalajdzievski, arXiv:2312.03732.
+
+    Example:
+        veneer.attach(model, veneer.LoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
+    """
+
+    rank: Rank = 8
+    alpha: float = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_rslora: bool = False
+    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    bias: Literal["none", "lora_only", "all"] = "none"
+    rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    unit: ClassVar[Unit] = "weight"
+
+    def build(self, place: Place) -> Delta:
+        rank = place.choose(self.rank_pattern, self.rank)
+        alpha = place.choose(self.alpha_pattern, self.alpha)
+        scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        if not place.functional:
+            return Beside(place, rank, scale, self.init, self.dropout)
+        if self.dropout:
+            raise MethodError("The weight is read without a call that LoRA could drop inputs of. Set dropout=0.0.")
+        return Inside(place, rank, scale, self.init)
+
+    def check(self, places: Sequence[Place]) -> None:
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            if not any(place.matches(pattern) for place in places):
+                raise MethodError(f"The pattern '{pattern}' matches none of LoRA's {len(places)} places.")
+        if self.bias == "lora_only" and not any(place.bias for place in places):
+            raise MethodError("bias='lora_only' would train nothing: no adapted layer has a bias. Use bias='none'.")
+
+    def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
+        if self.bias == "all":
+            yield r"re:(.*\.)?\w*bias", FullFineTuning()
+        elif self.bias == "lora_only":
+            yield "re:" + "|".join(sorted({re.escape(place.bias) for place in places if place.bias})), FullFineTuning()

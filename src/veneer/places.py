@@ -1,0 +1,237 @@
+"""Where: roles, globs and regexes become places.
+
+    attention, attention.q|k|v|o, cross_attention, cross_attention.q|k|v|o, mlp, mlp.gate|up|down
+                    read off the model's data flow (transformers models)
+    linear, block   every linear map in the repeated blocks, never the head
+    embedding, head the token embedding, the projection over the vocabulary
+    *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
+    re:REGEX        a regular expression over the whole path
+    a | b           the union
+
+A text means only places that the method acts on; naming none of those is an error that says what is near.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from veneer import formats, site
+from veneer.delta import Place, Span, Unit
+from veneer.errors import NoSuchPlace, PlaceError, closest, listed
+from veneer.formats.dense import Parameter
+from veneer.patterns import matcher
+from veneer.seams import anatomy, transformers
+
+ROLES = (
+    *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
+    *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
+    *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
+    *("linear", "block", "embedding", "head"),
+)
+
+
+def find(model: nn.Module, where: str, unit: Unit) -> list[Place]:
+    """The places of `unit` that `where` names, each once, in the order of the model.
+
+    Raises NoSuchPlace for a part of `where` that names none, and UnreadableModel where a role cannot be told.
+    """
+    inventory = _INVENTORIES[unit](model)
+    found: dict[str, Place] = {}
+    for text in _split(where):
+        for place in _named(model, text, inventory, unit):
+            found.setdefault(place.path, place)
+    order = {path: i for i, path in enumerate(inventory)}
+    return sorted(found.values(), key=lambda place: (order[place.path.partition("[")[0]], place.spans or ()))
+
+
+def _split(where: str) -> list[str]:
+    return [where] if where.startswith("re:") else [text.strip() for text in where.split("|")]
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base's own modules with their paths, each once; adapters are passed over."""
+    inside = ""
+    for path, module in model.named_modules():
+        if isinstance(module, site.Site):
+            inside = f"{path}."
+        elif not (inside and path.startswith(inside)):
+            yield path, module
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def weights(model: nn.Module) -> dict[str, Place]:
+    """Every weight that a method on linear maps can act on, by path."""
+    found: dict[str, Place] = {}
+    claimed: set[int] = set()
+    for path, module in modules(model):
+        form = formats.of(module)
+        if form is None or id(module) in claimed:
+            continue
+        for below, parameter in form.weights(module):
+            owner = module.get_submodule(below)
+            claimed.add(id(owner))
+            name = _join(path, below) if parameter == "weight" else _join(path, below, parameter)
+            found[name] = Place(
+                path=name,
+                reader_path=path,
+                reader=module,
+                owner_path=_join(path, below),
+                owner=owner,
+                parameter=parameter,
+                format=form,
+                shape=form.shape(owner, parameter),
+                functional=form.functional,
+            )
+    return found
+
+
+def parameters(model: nn.Module) -> dict[str, Place]:
+    """Every parameter, by path, with the module that reads it; a parameter of several modules once for each."""
+    readers = {id(place.owner): place for place in weights(model).values() if place.functional}
+    found: dict[str, Place] = {}
+    for path, module in modules(model):
+        reader = readers.get(id(module))
+        form = formats.of(module) or Parameter()
+        for name, parameter in module.named_parameters(recurse=False):
+            found[_join(path, name)] = Place(
+                path=_join(path, name),
+                reader_path=reader.reader_path if reader else path,
+                reader=reader.reader if reader else module,
+                owner_path=path,
+                owner=module,
+                parameter=name,
+                format=form if name == "weight" else Parameter(),
+                shape=tuple(parameter.shape),
+                functional=True,
+            )
+    return found
+
+
+def _embeddings(model: nn.Module) -> dict[str, Place]:
+    table = transformers.input_embedding(model)
+    return {path: place for path, place in weights(model).items() if place.owner is table}
+
+
+def _attentions(model: nn.Module) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    named = dict(modules(model))
+    for sublayer in anatomy.read(model).sublayers:
+        if "attention" in sublayer.kind and sublayer.module not in found:
+            module = named[sublayer.module]
+            weight = next(part.parameter for parts in sublayer.roles.values() for part in parts)
+            owner_path, _, parameter = weight.rpartition(".")
+            found[sublayer.module] = Place(
+                path=sublayer.module,
+                reader_path=sublayer.module,
+                reader=module,
+                owner_path=owner_path,
+                owner=named[owner_path],
+                parameter=parameter,
+                format=Parameter(),
+                shape=(),
+            )
+    return found
+
+
+_INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
+    "weight": weights,
+    "parameter": parameters,
+    "attention": _attentions,
+    "input": _embeddings,
+}
+
+
+def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
+    """The places that one part of a `where` names."""
+    if text in ROLES:
+        places = _by_role(model, text, inventory)
+        reason = _why_no_role(model, text)
+    else:
+        match = matcher(text)
+        below = matcher(f"{text}.*") if unit == "parameter" else match
+        places = [
+            place
+            for path, place in inventory.items()
+            if match(path) or below(path) or (place.functional and match(place.reader_path))
+        ]
+        reason = _why_no_path(model, text, inventory)
+    if not places:
+        raise NoSuchPlace(reason)
+    return places
+
+
+def _by_role(model: nn.Module, role: str, inventory: dict[str, Place]) -> list[Place]:
+    if role in ("linear", "block"):
+        blocks = tuple(f"{path}." for path in block_paths(model))
+        return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
+    if role in ("embedding", "head"):
+        module = transformers.input_embedding(model) if role == "embedding" else transformers.head(model)
+        return [place for place in inventory.values() if place.owner is module]
+    by_parameter = {_join(place.owner_path, place.parameter): place for place in inventory.values()}
+    found = []
+    for short, part in anatomy.read(model).parts(role):
+        place = by_parameter.get(part.parameter)
+        if place is not None:
+            found.append(place.restricted(part.spans, short) if part.spans else place)
+    return found
+
+
+def block_paths(model: nn.Module) -> list[str]:
+    """Paths of the repeated blocks: the items of every ModuleList."""
+    return [
+        _join(path, name)
+        for path, module in modules(model)
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+
+
+def _is_matrix(place: Place) -> bool:
+    return len(place.shape) == 2 and not isinstance(place.owner, nn.Embedding)
+
+
+def _why_no_role(model: nn.Module, role: str) -> str:
+    kind = type(model).__name__
+    if role in ("linear", "block"):
+        return f"{kind} has no linear layer inside a ModuleList of blocks. Name modules by a glob, such as where='*'."
+    return f"{kind} has no {role}. Roles: {', '.join(ROLES)}; or name modules by a glob, such as where='*.q_proj'."
+
+
+def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> str:
+    match = matcher(text)
+    others = [f"{path} ({type(module).__name__})" for path, module in modules(model) if match(path)]
+    if others:
+        return (
+            f"where='{text}' names {listed(others, 2)} of {type(model).__name__}, on which this method does not act. "
+            f"Name layers inside, such as where='{text}.*'."
+        )
+    return f"No module of {type(model).__name__} matches where='{text}'.{closest(text, inventory)} Roles: {', '.join(ROLES)}."
+
+
+def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
+    """Raise PlaceError where an adapter of this name cannot be attached."""
+    if not name.replace("-", "_").isidentifier() or name in dir(site.Site):
+        raise PlaceError(
+            f"An adapter cannot be named '{name}'. Use letters, digits, '_' and '-', starting with a letter, and no word "
+            "that modules use for themselves."
+        )
+    if name in taken:
+        raise PlaceError(f"The model already has an adapter '{name}'. Detach it first, or choose another name.")
+
+
+def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] | None]]) -> list[Place]:
+    """The places with exactly these paths and spans, as a file names them; NoSuchPlace for the first that is not there."""
+    inventory = _INVENTORIES[unit](model)
+    found = []
+    for path, spans in named:
+        plain, _, label = path.partition("[")
+        if plain not in inventory:
+            raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
+        place = inventory[plain]
+        found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
+    return found

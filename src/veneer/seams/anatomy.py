@@ -1,0 +1,251 @@
+"""What is where in a model, read off its data flow: no table of names, no code for any one architecture.
+
+- A residual add is an add of two equal shapes, one operand an ancestor of the other with a weight or an attention between.
+- A sublayer is what lies between; with an attention in it it is attention, otherwise an MLP.
+- q, k and v are the nearest weights behind an attention's operands, o the nearest after it. Where one weight serves
+  several of them, random numbers sent through the recorded calls tell which of its output rows each role gets.
+- Attention is cross-attention where its keys do not descend from the sublayer's input.
+- An MLP's down projection is its last weight. Where two products meet in a multiplication, the one that passed a
+  nonlinearity is the gate and the other is up; otherwise the first weights are up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.delta import Span
+from veneer.errors import UnreadableModel
+from veneer.seams import probe
+from veneer.seams.trace import PRODUCTS as MATMULS
+from veneer.seams.trace import Graph, Node, Tracer
+from veneer.seams.transformers import observed_attention
+
+ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
+PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_"}
+VIEWS = {
+    "view",
+    "reshape",
+    "chunk",
+    "split",
+    "unbind",
+    "__getitem__",
+    "transpose",
+    "permute",
+    "contiguous",
+    "to",
+    "flatten",
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or the output rows of it that `spans` name."""
+
+    parameter: str
+    spans: tuple[Span, ...] | None = None
+
+
+@dataclass
+class Sublayer:
+    """One branch beside the residual stream: its kind, the module that attends (if any), and its weights by role."""
+
+    kind: str
+    module: str
+    roles: dict[str, list[Part]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The sublayers of a model in the order of its forward."""
+
+    sublayers: tuple[Sublayer, ...]
+
+    def parts(self, role: str) -> list[tuple[str, Part]]:
+        """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty where there is none."""
+        kind, _, short = role.partition(".")
+        return [
+            (name, part)
+            for sublayer in self.sublayers
+            if sublayer.kind == kind
+            for name, parts in sublayer.roles.items()
+            if short in ("", name)
+            for part in parts
+        ]
+
+
+_CACHE: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
+
+
+def read(model: nn.Module) -> Anatomy:
+    """The anatomy of a transformers model, traced once. Raises UnreadableModel with what stood in the way."""
+    if model not in _CACHE:
+        _CACHE[model] = _sublayers(_trace(model))
+    return _CACHE[model]
+
+
+def _trace(model: nn.Module) -> Graph:
+    try:
+        inputs = {name: tensor.to("meta") for name, tensor in probe.inputs(model).items()}
+        meta = {name: _meta(tensor) for name, tensor in _tensors(model).items()}
+        tracer = Tracer(model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)})
+        with torch.no_grad(), observed_attention(tracer.attention), tracer:
+            torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
+    except Exception as error:
+        raise UnreadableModel(
+            f"The roles of {type(model).__name__} could not be read: a probe forward stopped with "
+            f"{type(error).__name__}: {error}. Name the modules by a glob instead, such as where='*.q_proj'."
+        ) from error
+    return tracer.graph
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _meta(tensor: Tensor) -> Tensor:
+    """A stand-in with the same shape; one dtype for all, so that no cast comes between."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def _caches(model: Any) -> bool:
+    return "use_cache" in vars(model.config) or "use_cache" in dir(type(model.config))
+
+
+def _sublayers(graph: Graph) -> Anatomy:
+    found: list[Sublayer] = []
+    seen: set[tuple[str, str]] = set()
+    for stream, branch in _residuals(graph):
+        sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
+        key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
+        if key not in seen:
+            seen.add(key)
+            found.append(sublayer)
+    return Anatomy(tuple(found))
+
+
+def _residuals(graph: Graph) -> list[tuple[int, int]]:
+    """(stream, branch) of each residual add; an add across whole sublayers is none."""
+    found: list[tuple[int, int, int]] = []
+    base: dict[int, int] = {}
+    for node in graph.nodes:
+        operands = [
+            i for i in node.inputs if graph.nodes[i].shape == node.shape and not graph.nodes[i].op == "parameter"
+        ]
+        if node.op not in ADDS or len(operands) != 2:
+            continue
+        for stream, branch in (operands, operands[::-1]):
+            while not graph.reaches(stream, branch) and stream in base:
+                stream = base[stream]
+            if graph.reaches(stream, branch) and any(n.is_weight or n.core for n in graph.between(stream, branch)):
+                base[node.index] = stream
+                found += [(node.index, stream, end) for end in _split(graph, stream, branch)]
+                break
+    adds = {index for index, _, _ in found}
+    return [(s, b) for _, s, b in found if not adds & {n.index for n in graph.between(s, b)}]
+
+
+def _split(graph: Graph, stream: int, branch: int) -> list[int]:
+    """The two branches of a parallel block, x + attention(x) + mlp(x), where their sum is taken first."""
+    node = graph.nodes[branch]
+    ends = [i for i in node.inputs if graph.reaches(stream, i)]
+    if node.op not in ADDS or len(ends) != 2 or graph.reaches(*ends) or graph.reaches(*ends[::-1]):
+        return [branch]
+    if not all(any(n.is_weight for n in graph.between(stream, end)) for end in ends):
+        return [branch]
+    return [part for end in ends for part in _split(graph, stream, end)]
+
+
+def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
+    inside = graph.between(stream, branch)
+    core = next((node for node in inside if node.core), None) or _written_out(graph, inside)
+    if core is None or core.core is None:
+        return None
+    cross = not (graph.reaches(stream, core.core[1]) or stream == core.core[1])
+    sublayer = Sublayer("cross_attention" if cross else "attention", core.module)
+    if core.is_weight:
+        sublayer.roles = _packed(core, graph)
+        return sublayer
+    for role, operand in zip("qkv", core.core, strict=True):
+        sublayer.roles[role] = _parts(graph, operand)
+    after = [node for node in inside if node.is_weight and graph.reaches(core.index, node.index)]
+    nearest = [node for node in after if not any(graph.reaches(other.index, node.index) for other in after)]
+    sublayer.roles["o"] = [Part(node.parameters[0]) for node in nearest]
+    return sublayer
+
+
+def _written_out(graph: Graph, inside: list[Node]) -> Node | None:
+    """Attention in a model's own code: data @ data, softmax, data @ data. The last product stands for it all."""
+    softmax = next((node for node in inside if node.op == "softmax"), None)
+    products = [node for node in inside if node.op in MATMULS and not node.is_weight and len(node.inputs) >= 2]
+    scores = [node for node in products if softmax and graph.reaches(node.index, softmax.index)]
+    mixed = [node for node in products if softmax and graph.reaches(softmax.index, node.index)]
+    if softmax is None or not scores or not mixed:
+        return None
+    q, k = scores[-1].inputs[-2:]
+    v = next(i for i in mixed[0].inputs if i != softmax.index and not graph.reaches(softmax.index, i))
+    return replace(mixed[0], core=(q, k, v))
+
+
+def _packed(core: Node, graph: Graph) -> dict[str, list[Part]]:
+    """nn.MultiheadAttention: one call holds the projections; q, k and v are thirds of in_proj_weight or their own."""
+    matrices = [p for p in core.parameters if p.endswith("weight")]
+    (out,) = (p for p in matrices if p.endswith("out_proj.weight"))
+    width = core.shape[-1]
+    fused = [p for p in matrices if p.endswith("in_proj_weight")]
+    if fused:
+        roles = {r: [Part(fused[0], ((i * width, (i + 1) * width),))] for i, r in enumerate("qkv")}
+    else:
+        roles = {r: [Part(p) for p in matrices if p.endswith(f"{r}_proj_weight")] for r in "qkv"}
+    return {**roles, "o": [Part(out)]}
+
+
+def _parts(graph: Graph, operand: int) -> list[Part]:
+    """The weights nearest behind a node, each with the rows that reach it."""
+    return [Part(node.parameters[0], _spans(graph, node, operand)) for node in graph.weights_behind(operand)]
+
+
+def _spans(graph: Graph, weight: Node, operand: int) -> tuple[Span, ...] | None:
+    if weight.index == operand:
+        return None
+    reached = graph.replay(weight.index, operand).int()
+    if reached.all():
+        return None
+    edges = torch.diff(reached, prepend=reached.new_zeros(1), append=reached.new_zeros(1)).nonzero().flatten().tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _mlp(graph: Graph, stream: int, branch: int) -> Sublayer:
+    inside = graph.between(stream, branch)
+    weights = [node for node in inside if node.is_weight]
+    last = [w for w in weights if not any(graph.reaches(w.index, other.index) for other in weights)]
+    sublayer = Sublayer("mlp", last[-1].module, {"down": [Part(w.parameters[0]) for w in last]})
+    for node in inside:
+        gated = _gate(graph, stream, node) if node.op in PRODUCTS else None
+        if gated:
+            sublayer.roles = {"gate": gated[0], "up": gated[1], **sublayer.roles}
+            return sublayer
+    first = [w for w in weights if w not in last and not any(graph.reaches(o.index, w.index) for o in weights)]
+    return Sublayer("mlp", sublayer.module, {"up": [Part(w.parameters[0]) for w in first], **sublayer.roles})
+
+
+def _gate(graph: Graph, stream: int, product: Node) -> tuple[list[Part], list[Part]] | None:
+    """(gate, up) where a multiplication joins two different projections."""
+    sides = [i for i in product.inputs if graph.reaches(stream, i)]
+    if len(sides) != 2:
+        return None
+    behind = [graph.weights_behind(side) for side in sides]
+    if not all(len(weights) == 1 and graph.reaches(stream, weights[0].index) for weights in behind):
+        return None
+    parts = [_parts(graph, side) for side in sides]
+    if parts[0] == parts[1] or (behind[0] == behind[1] and any(part[0].spans is None for part in parts)):
+        return None
+    bends = [sum(n.op not in VIEWS for n in graph.between(w[0].index, side)) if w[0].index != side else 0
+             for w, side in zip(behind, sides, strict=True)]  # fmt: skip
+    return (parts[0], parts[1]) if bends[0] > bends[1] else (parts[1], parts[0])

@@ -1,0 +1,67 @@
+"""transformers' own interfaces: the attention registry, embeddings and heads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Callable[[], Any]], Any]
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether the model is one of transformers'; never imports it."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """The token embedding, or None."""
+    if not is_pretrained(model):
+        return None
+    try:
+        found = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Embedding) else None
+
+
+def head(model: Any) -> nn.Module | None:
+    """The output projection over the vocabulary, or None."""
+    if not is_pretrained(model):
+        return None
+    found = model.get_output_embeddings()
+    return found if isinstance(found, nn.Module) else None
+
+
+def describe(model: Any) -> dict[str, str]:
+    """What an adapter's file says of its base model: class, model type, name or path."""
+    described = {"class": type(model).__name__}
+    if is_pretrained(model):
+        described |= {"model_type": model.config.model_type, "name_or_path": model.config.name_or_path or ""}
+    return described
+
+
+@contextmanager
+def observed_attention(observe: Observer) -> Iterator[None]:
+    """Within, every attention through transformers' interface is handed to `observe` with its operands."""
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+
+    def get_interface(self: Any, implementation: Any, default: Any) -> Any:
+        attend = original(self, implementation, default)
+
+        def observed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return observe(module, query, key, value, lambda: attend(module, query, key, value, *args, **kwargs))
+
+        return observed
+
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AttentionInterface.get_interface = original  # type: ignore[method-assign]

@@ -1,0 +1,227 @@
+"""The mechanism: hooks on the base's own modules, and who is served by which adapter.
+
+A module that carries adapters gets one child, `adapters` (a `Site`), and hooks that call it. Nothing of the base is
+wrapped, renamed or replaced, so its keys, attributes and class stay. The hooks are plain functions: they pickle by name
+and a copied model finds its own site through the module they are called with.
+
+A `Weight` delta is shown to the base by shadowing: for the time of one forward the changed tensor stands in the owner's
+`__dict__`, which Python looks at before the registered parameters; a hook that runs on errors too takes it away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Span, Weight, row_index
+from veneer.errors import RoutingError
+
+CHILD = "adapters"
+Rows = list[int] | None
+
+
+@dataclass
+class Routes:
+    """Which adapters act, and for which rows of a batch. One object a model, shared by all its sites.
+
+    `active` holds for every row unless `rows` gives each row its own set. `merged` adapters act through the base's
+    weights, so sites pass over them. Both are kept in the order of attaching, which is the order of stacking.
+    """
+
+    order: list[str] = field(default_factory=list)
+    active: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] | None = None
+    merged: list[str] = field(default_factory=list)
+
+    def served(self, name: str, size: int, path: str) -> list[int] | None:
+        """The rows of a batch of `size` that `name` acts on; None means all, [] none.
+
+        `generate` repeats each row for its beams and its returned sequences, side by side, and some models fold other
+        dimensions into the batch in the same order; so a batch k times as long as `rows` gives each entry k rows.
+        """
+        if name in self.merged:
+            return []
+        if self.rows is None:
+            return None if name in self.active else []
+        mine = [name in row for row in self.rows]
+        if all(mine):
+            return None
+        if not any(mine):
+            return []
+        repeats, left = divmod(size, len(self.rows))
+        if left or not repeats:
+            raise RoutingError(
+                f"rows names {len(self.rows)} rows but a batch of {size} reached {path}. Give one entry a row of the "
+                "batch, in its order."
+            )
+        return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """How one delta is bound to its site: what it changes, relative to the module that carries the site."""
+
+    path: str
+    owner: str
+    parameter: str
+    spans: tuple[Span, ...] | None
+
+
+class Site(nn.ModuleDict):
+    """The adapters of one module: for each adapter's name the deltas it has here, in order."""
+
+    def __init__(self, path: str, routes: Routes) -> None:
+        super().__init__()
+        self.path = path
+        self.routes = routes
+        self.bindings: dict[str, list[Binding]] = {}
+        self.handles: list[RemovableHandle] = []
+
+    def deltas(self, port: type[Delta] | tuple[type[Delta], ...], size: int) -> Iterator[tuple[Delta, Binding, Rows]]:
+        """The deltas that act now at one port, with the rows they act on (None: all)."""
+        for name in self.routes.order:
+            if name not in self.bindings:
+                continue
+            rows = self.routes.served(name, size, self.path)
+            if rows == []:
+                continue
+            for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
+                if isinstance(delta, port):
+                    yield delta, binding, rows
+
+
+def of(module: nn.Module) -> Site | None:
+    """The site a module carries, if any."""
+    child = module._modules.get(CHILD)
+    return child if isinstance(child, Site) else None
+
+
+def sites(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
+    """Every module of the model that carries a site."""
+    for module in model.modules():
+        site = of(module)
+        if site is not None:
+            yield module, site
+
+
+def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
+    """Stand `delta` of adapter `name` at `place`."""
+    site = of(place.reader)
+    if site is None:
+        site = Site(place.reader_path, routes)
+        place.reader.add_module(CHILD, site)
+    if name not in site:
+        site[name] = nn.ModuleList()
+        site.bindings[name] = []
+    cast(nn.ModuleList, site[name]).append(delta)
+    owner = next(path for path, module in place.reader.named_modules() if module is place.owner)
+    site.bindings[name].append(Binding(place.path, owner, place.parameter, place.spans))
+    _hook(place.reader, site)
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take adapter `name` off one module; the last one takes site and hooks with it."""
+    site = of(module)
+    if site is None or name not in site:
+        return
+    del site[name], site.bindings[name]
+    _hook(module, site)
+    if not site:
+        del module._modules[CHILD]
+
+
+def _hook(module: nn.Module, site: Site) -> None:
+    """Register exactly the hooks that the site's deltas need."""
+    for handle in site.handles:
+        handle.remove()
+    kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
+    weights = any(issubclass(kind, Weight) for kind in kinds)
+    site.handles = []
+    if weights:
+        site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
+        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
+    if any(issubclass(kind, Before) for kind in kinds):
+        site.handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
+    if any(issubclass(kind, (After, Input)) for kind in kinds):
+        site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The activation a module was called with: its first argument."""
+    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
+
+
+def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    x = _first(args, kwargs)
+    for delta, _, rows in cast(Site, module.adapters).deltas(Before, len(x)):
+        x = delta(x) if rows is None else _put(x, 0, rows, delta(_take(x, 0, rows)))
+    if args:
+        return (x, *args[1:]), kwargs
+    return (), {**kwargs, next(iter(kwargs)): x}
+
+
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+    x = _first(args, kwargs)
+    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), len(x)):
+        if rows is None:
+            y = _columns(delta, x, y, binding.spans)
+        else:
+            y = _put(y, 0, rows, _columns(delta, _take(x, 0, rows), _take(y, 0, rows), binding.spans))
+    return y
+
+
+def _columns(delta: Delta, x: Tensor, y: Tensor, spans: Sequence[Span] | None) -> Tensor:
+    """delta(x, y), where y is only the columns of `spans`."""
+    if spans is None:
+        return cast(Tensor, delta(x, y))
+    columns = row_index(spans, y.device)
+    return y.index_copy(-1, columns, delta(x, y.index_select(-1, columns)))
+
+
+def _take(x: Tensor, dim: int, rows: list[int]) -> Tensor:
+    return x.index_select(dim, torch.tensor(rows, device=x.device))
+
+
+def _put(x: Tensor, dim: int, rows: list[int], new: Tensor) -> Tensor:
+    return x.index_copy(dim, torch.tensor(rows, device=x.device), new)
+
+
+def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    site = cast(Site, module.adapters)
+    for delta, binding, rows in site.deltas(Weight, len(_first(args, kwargs)) if args or kwargs else 0):
+        if rows is not None:
+            raise RoutingError(
+                f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ there. "
+                "Run the rows apart, or leave this place out of the adapter."
+            )
+        owner = module.get_submodule(binding.owner)
+        weight = owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter])
+        if binding.spans is None:
+            weight = delta(weight)
+        else:
+            part = row_index(binding.spans, weight.device)
+            weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
+        owner.__dict__[binding.parameter] = weight
+
+
+def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    for bindings in cast(Site, module.adapters).bindings.values():
+        for binding in bindings:
+            module.get_submodule(binding.owner).__dict__.pop(binding.parameter, None)
+
+
+def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them."""
+    for delta, binding, rows in site.deltas(KeyValue, len(k)):
+        if rows is not None:
+            raise RoutingError(
+                f"{binding.path} attends to keys of another length with this adapter than without it, so rows cannot "
+                "differ there yet. Run the rows apart."
+            )
+        k, v = delta(k, v)
+    return k, v

@@ -1,0 +1,253 @@
+"""save and load: one adapter, one folder. `docs/format.md` specifies what lies in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors.torch
+from torch import Tensor, nn
+
+import veneer
+from veneer import adapter as verbs
+from veneer import files, methods, places
+from veneer.delta import Method
+from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
+from veneer.handle import Adapter, Claim
+from veneer.interop import peft, peft_config
+from veneer.interop.peft_config import Entry
+from veneer.seams import transformers
+
+RECIPE = "veneer.json"
+OWN_TENSORS = "veneer.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
+VERSION = 1
+
+
+class _Place(pydantic.BaseModel, extra="forbid", strict=True):
+    path: str
+    spans: list[tuple[int, int]] | None = None
+
+
+class _Claim(pydantic.BaseModel, extra="forbid", strict=True):
+    method: str
+    options: dict[str, Any]
+    where: str
+    places: list[_Place]
+
+
+class _Tensors(pydantic.BaseModel, extra="forbid", strict=True):
+    file: str
+    sha256: str
+
+
+class Recipe(pydantic.BaseModel, extra="forbid", strict=True):
+    """`veneer.json`: all that is needed to build the adapter again, but for its tensors."""
+
+    format: int
+    veneer: str
+    base: dict[str, str]
+    claims: list[_Claim]
+    also_train: list[str]
+    tensors: _Tensors
+
+
+def save(adapter: Adapter, folder: str | Path) -> Path:
+    """Write an adapter into `folder` itself, and return the folder.
+
+    Where Hugging Face PEFT has the method, `adapter_config.json` and `adapter_model.safetensors` are PEFT's own, which
+    PEFT, vLLM and llama.cpp's converter read; otherwise the tensors are in `veneer.safetensors`. `veneer.json` is the
+    recipe in both cases. The same adapter always gives the same bytes. Files are written under temporary names, synced
+    and renamed.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    try:
+        tensors, config = peft.to_tensors(adapter.claims), peft.to_config(adapter)
+    except peft.NotInPEFT:
+        tensors, config = adapter.state_dict(), None
+    name = OWN_TENSORS if config is None else PEFT_TENSORS
+    packed = safetensors.torch.save(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, metadata={"format": "pt"}
+    )
+    contents = {name: packed}
+    if config is not None:
+        contents[PEFT_CONFIG] = files.to_json(config)
+    contents[RECIPE] = files.to_json(_recipe(adapter, name, packed).model_dump())
+    files.write(folder, contents)
+    for stale in {OWN_TENSORS, PEFT_TENSORS, PEFT_CONFIG} - contents.keys():
+        (folder / stale).unlink(missing_ok=True)
+    return folder
+
+
+def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
+    groups: dict[tuple[str, str], list[Claim]] = {}
+    for claim in adapter.claims:
+        groups.setdefault((claim.where, repr(claim.method)), []).append(claim)
+    return Recipe(
+        format=VERSION,
+        veneer=veneer.__version__,
+        base=transformers.describe(adapter.model),
+        also_train=list(adapter.also_train),
+        claims=[
+            _Claim(
+                method=type(claims[0].method).__name__,
+                options=asdict(claims[0].method),
+                where=where,
+                places=[
+                    _Place(path=c.place.path, spans=list(c.place.spans) if c.place.spans else None) for c in claims
+                ],
+            )
+            for (where, _), claims in groups.items()
+        ],
+        tensors=_Tensors(file=name, sha256=files.digest(packed)),
+    )
+
+
+def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
+    """Attach the adapter of a folder, or of a Hub id, and make it the active one.
+
+    Reads Veneer's folders and Hugging Face PEFT's LoRA folders, safetensors only. Every key, shape and number is checked
+    before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming file and key.
+    """
+    path = _located(folder, revision)
+    if (path / RECIPE).exists():
+        return _load_own(model, path, name)
+    if (path / PEFT_CONFIG).exists():
+        return _load_peft(model, path, name)
+    raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
+
+
+def _located(folder: str | Path, revision: str | None) -> Path:
+    path = Path(folder)
+    if path.is_dir():
+        if revision is not None:
+            raise FileError(f"{folder} is a local folder, which has no revision '{revision}'. Leave revision out.")
+        return path
+    if path.exists() or path.is_absolute() or str(folder).count("/") != 1:
+        raise FileError(f"{folder} is no folder and no Hub id of the form 'owner/name'.")
+    from huggingface_hub import snapshot_download
+
+    wanted = [RECIPE, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS]
+    try:
+        return Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
+    except Exception as error:  # every client error is the user's to act on, whatever its class
+        raise FileError(f"{folder} is no local folder, and fetching it from the Hub failed: {error}") from error
+
+
+def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
+    recipe = read_recipe(path)
+    _check_sum(path, recipe)
+    entries = [_entry(claim, path) for claim in recipe.claims]
+    claims = _claims(model, entries, path, recipe.base)
+    tensors = files.read_tensors(path / recipe.tensors.file)
+    in_peft = recipe.tensors.file == PEFT_TENSORS
+    expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
+    _compare(expected, tensors, path / recipe.tensors.file, recipe.base)
+    if in_peft:
+        peft.from_tensors(claims, tensors)
+    else:
+        _fill_own(claims, tensors)
+    return verbs.install(model, name, claims, recipe.also_train)
+
+
+def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
+    config = files.read_json(path / PEFT_CONFIG)
+    tensors = peft_config.without_copies(files.read_tensors(path / PEFT_TENSORS))
+    entries = peft_config.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
+    base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
+    claims = _claims(model, entries, path, base)
+    _compare(peft.to_tensors(claims), tensors, path / PEFT_TENSORS, base)
+    peft.from_tensors(claims, tensors)
+    return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a folder; CorruptFile where a field is missing, left over or of the wrong type."""
+    content = files.read_json(path / RECIPE)
+    try:
+        recipe = Recipe.model_validate_json(files.to_json(content))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise CorruptFile(
+            f"{path / RECIPE}: {field}: {first['msg']}. Restore the file from where it came from."
+        ) from None
+    if recipe.format != VERSION:
+        raise FileError(
+            f"{path / RECIPE} has format {recipe.format}; this Veneer reads {VERSION}. Install a newer Veneer."
+        )
+    if recipe.tensors.file not in (OWN_TENSORS, PEFT_TENSORS):
+        raise CorruptFile(
+            f"{path / RECIPE} names '{recipe.tensors.file}' as its tensors, which no adapter is stored in."
+        )
+    return recipe
+
+
+def _check_sum(path: Path, recipe: Recipe) -> None:
+    file = path / recipe.tensors.file
+    tensors = files.read_tensors(file)  # a damaged file is named as such first
+    del tensors
+    if files.digest(file.read_bytes()) != recipe.tensors.sha256:
+        raise CorruptFile(
+            f"{file} is not the file that {RECIPE} describes: it was changed, or a save was interrupted. Save again, or "
+            f"delete {RECIPE} to load it as a plain PEFT folder."
+        )
+
+
+def _entry(claim: _Claim, path: Path) -> Entry:
+    method = vars(methods).get(claim.method)
+    if claim.method not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
+        raise FileError(
+            f"{path / RECIPE} uses the method '{claim.method}', which this Veneer does not have."
+            f"{closest(claim.method, methods.__all__)} Install a newer Veneer."
+        )
+    try:
+        built = method(**claim.options)
+    except (MethodError, TypeError) as error:
+        raise CorruptFile(f"{path / RECIPE}: {error}") from None
+    named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
+    return Entry(built, claim.where, named)
+
+
+def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[str, str]) -> list[Claim]:
+    try:
+        return [
+            claim
+            for entry in entries
+            for claim in verbs.build(entry.method, places.exact(model, entry.method.unit, entry.places), entry.where)
+        ]
+    except NoSuchPlace as error:
+        raise WrongModel(f"{path} was made for {_described(base)}, another model: {error}") from None
+
+
+def _described(base: dict[str, str]) -> str:
+    return " ".join(part for part in (base.get("class", "a model"), base.get("name_or_path", "")) if part)
+
+
+def _own_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
+    return dict(Adapter("", nn.Module(), claims).named_parameters())
+
+
+def _fill_own(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
+    for key, parameter in Adapter("", nn.Module(), claims).named_parameters():
+        peft.fill(parameter, tensors[key])
+
+
+def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"{listed(missing)} missing"] if missing else []
+        parts += [f"{listed(extra)} left over"] if extra else []
+        raise CorruptFile(f"{file}: {'; '.join(parts)}. The tensors do not belong to this recipe and model.")
+    for key, tensor in expected.items():
+        if tensor.shape != found[key].shape:
+            raise WrongModel(
+                f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter was "
+                f"made for {_described(base)}."
+            )
