@@ -159,8 +159,8 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         model.requires_grad_(False)
     vars(model)[STATE] = state
     for one in claims:
-        one.delta.train(one.place.reader.training)
-        site.add(one.place, name, one.delta, state.routes)
+        for place in (one.place, *one.place.tied):
+            site.add(place, name, one.delta, state.routes)
     adapter = Adapter(name, model, claims, also_train)
     state.adapters[name] = adapter
     state.routes.order.append(name)
@@ -173,7 +173,8 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     """Remove an adapter's sites; what it merged stays."""
     state = state_of(model)
     for one in adapter.claims:
-        site.remove(one.place.reader, adapter.name)
+        for place in (one.place, *one.place.tied):
+            site.remove(place.reader, adapter.name)
     routes = state.routes
     routes.order.remove(adapter.name)
     routes.active = tuple(name for name in routes.active if name != adapter.name)

@@ -47,6 +47,9 @@ class Place:
     `path` names it for people and files. `reader` is the module whose forward uses the thing (hooks go there), `owner`
     the module that holds `parameter`; they differ where code reads a child's weight without calling the child.
     `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
+    `tied` are the other places that read the very same parameter and get the very same delta.
+
+    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys.
     """
 
     path: str
@@ -60,6 +63,7 @@ class Place:
     map: LinearMap | None = None
     functional: bool = False
     spans: tuple[Span, ...] | None = None
+    tied: tuple[Place, ...] = ()
 
     @property
     def weight(self) -> nn.Parameter:

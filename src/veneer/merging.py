@@ -78,7 +78,7 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
                 "weight method."
             )
         shared = owners[id(one.place.weight)]
-        if len(shared) > 1:
+        if len(shared) > 1 + len(one.place.tied):
             raise NotMergeable(
                 f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change as well. Untie them first, or keep "
                 "the adapter attached."

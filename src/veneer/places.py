@@ -13,16 +13,17 @@ A text means only places that the method acts on; naming none of those is an err
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from veneer import formats, site
 from veneer.delta import Place, Span, Unit
-from veneer.errors import NoSuchPlace, PlaceError, closest, listed
+from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, transformers
+from veneer.seams import anatomy, attention, transformers
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
@@ -42,8 +43,18 @@ def find(model: nn.Module, where: str, unit: Unit) -> list[Place]:
     for text in _split(where):
         for place in _named(model, text, inventory, unit):
             found.setdefault(place.path, place)
+    if unit == "parameter":
+        return _tie(list(found.values()))
     order = {path: i for i, path in enumerate(inventory)}
     return sorted(found.values(), key=lambda place: (order[place.path.partition("[")[0]], place.spans or ()))
+
+
+def _tie(found: list[Place]) -> list[Place]:
+    """Places that mean one shared parameter become one place, so that it stays shared."""
+    groups: dict[int, list[Place]] = {}
+    for place in found:
+        groups.setdefault(id(place.weight), []).append(place)
+    return [dataclasses.replace(first, tied=tuple(others)) for first, *others in groups.values()]
 
 
 def _split(where: str) -> list[str]:
@@ -91,12 +102,12 @@ def weights(model: nn.Module) -> dict[str, Place]:
 
 
 def parameters(model: nn.Module) -> dict[str, Place]:
-    """Every parameter, by path, with the module that reads it; a parameter of several modules once for each."""
-    readers = {id(place.owner): place for place in weights(model).values() if place.functional}
+    """Every parameter, by path, with the module that reads it."""
+    functional = {place.owner_path: place for place in weights(model).values() if place.functional}
     found: dict[str, Place] = {}
     for path, module in modules(model):
-        reader = readers.get(id(module))
-        form = formats.of(module) or Parameter()
+        reader = functional.get(path)
+        form = formats.of(module)
         for name, parameter in module.named_parameters(recurse=False):
             found[_join(path, name)] = Place(
                 path=_join(path, name),
@@ -105,35 +116,44 @@ def parameters(model: nn.Module) -> dict[str, Place]:
                 owner_path=path,
                 owner=module,
                 parameter=name,
-                format=form if name == "weight" else Parameter(),
-                shape=tuple(parameter.shape),
+                format=Parameter(),
+                shape=form.shape(module, name) if form and name == "weight" else tuple(parameter.shape),
                 functional=True,
             )
     return found
 
 
 def _embeddings(model: nn.Module) -> dict[str, Place]:
-    table = transformers.input_embedding(model)
-    return {path: place for path, place in weights(model).items() if place.owner is table}
+    tables = set(_tables(model))
+    return {path: place for path, place in weights(model).items() if path in tables}
+
+
+def _tables(model: nn.Module) -> tuple[str, ...]:
+    """The modules that turn token ids into embeddings: as the forward shows them, or as the model names its one."""
+    try:
+        return anatomy.read(model).tables
+    except UnreadableModel:
+        declared = transformers.input_embedding(model)
+        return tuple(path for path, module in modules(model) if module is declared)
 
 
 def _attentions(model: nn.Module) -> dict[str, Place]:
-    found: dict[str, Place] = {}
+    """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
+    attention.wrap()
+    projections = {place.owner_path: place for place in weights(model).values()}
     named = dict(modules(model))
+    found: dict[str, Place] = {}
     for sublayer in anatomy.read(model).sublayers:
-        if "attention" in sublayer.kind and sublayer.module not in found:
-            module = named[sublayer.module]
-            weight = next(part.parameter for parts in sublayer.roles.values() for part in parts)
-            owner_path, _, parameter = weight.rpartition(".")
-            found[sublayer.module] = Place(
+        if sublayer.registered and sublayer.module not in found:
+            key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
+            reader = named[sublayer.module]
+            found[sublayer.module] = dataclasses.replace(
+                key,
                 path=sublayer.module,
                 reader_path=sublayer.module,
-                reader=module,
-                owner_path=owner_path,
-                owner=named[owner_path],
-                parameter=parameter,
-                format=Parameter(),
-                shape=(),
+                reader=reader,
+                shape=sublayer.heads,
+                functional=False,
             )
     return found
 
@@ -149,7 +169,7 @@ _INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
 def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
     """The places that one part of a `where` names."""
     if text in ROLES:
-        places = _by_role(model, text, inventory)
+        places = _by_role(model, text, inventory, unit)
         reason = _why_no_role(model, text)
     else:
         match = matcher(text)
@@ -165,13 +185,19 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
     return places
 
 
-def _by_role(model: nn.Module, role: str, inventory: dict[str, Place]) -> list[Place]:
+def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in block_paths(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
-    if role in ("embedding", "head"):
-        module = transformers.input_embedding(model) if role == "embedding" else transformers.head(model)
+    if role == "embedding":
+        tables = _tables(model)
+        return [place for place in inventory.values() if place.owner_path in tables]
+    if role == "head":
+        module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
+    if unit == "attention":
+        kinds = {sublayer.module: sublayer.kind for sublayer in anatomy.read(model).sublayers}
+        return [place for path, place in inventory.items() if kinds[path] == role]
     by_parameter = {_join(place.owner_path, place.parameter): place for place in inventory.values()}
     found = []
     for short, part in anatomy.read(model).parts(role):
@@ -234,4 +260,4 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
-    return found
+    return _tie(found) if unit == "parameter" else found

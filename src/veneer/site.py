@@ -10,7 +10,7 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,6 +22,9 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Span, Wei
 from veneer.errors import RoutingError
 
 CHILD = "adapters"
+hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
+"""Forward pre-hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+
 Rows = list[int] | None
 
 
@@ -114,11 +117,12 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site = of(place.reader)
     if site is None:
         site = Site(place.reader_path, routes)
-        place.reader.add_module(CHILD, site)
+        place.reader.add_module(CHILD, site.train(place.reader.training))
     if name not in site:
         site[name] = nn.ModuleList()
         site.bindings[name] = []
     cast(nn.ModuleList, site[name]).append(delta)
+    site[name].train(place.reader.training)
     owner = next(path for path, module in place.reader.named_modules() if module is place.owner)
     site.bindings[name].append(Binding(place.path, owner, place.parameter, place.spans))
     _hook(place.reader, site)
@@ -140,9 +144,12 @@ def _hook(module: nn.Module, site: Site) -> None:
     for handle in site.handles:
         handle.remove()
     kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
-    weights = any(issubclass(kind, Weight) for kind in kinds)
-    site.handles = []
-    if weights:
+    site.handles = [
+        module.register_forward_pre_hook(hook)
+        for port, hook in hooks_by_port.items()
+        if any(issubclass(kind, port) for kind in kinds)
+    ]
+    if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
     if any(issubclass(kind, Before) for kind in kinds):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import veneer
 from veneer import adapter as verbs
 from veneer import files, methods, places
-from veneer.delta import Method
+from veneer.delta import Method, Place
 from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
 from veneer.handle import Adapter, Claim
 from veneer.interop import peft, peft_config
@@ -31,6 +31,7 @@ VERSION = 1
 class _Place(pydantic.BaseModel, extra="forbid", strict=True):
     path: str
     spans: list[tuple[int, int]] | None = None
+    tied: list[str] = []
 
 
 class _Claim(pydantic.BaseModel, extra="forbid", strict=True):
@@ -99,14 +100,17 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
                 method=type(claims[0].method).__name__,
                 options=asdict(claims[0].method),
                 where=where,
-                places=[
-                    _Place(path=c.place.path, spans=list(c.place.spans) if c.place.spans else None) for c in claims
-                ],
+                places=[_place(claim.place) for claim in claims],
             )
             for (where, _), claims in groups.items()
         ],
         tensors=_Tensors(file=name, sha256=files.digest(packed)),
     )
+
+
+def _place(place: Place) -> _Place:
+    spans = None if place.spans is None else list(place.spans)
+    return _Place(path=place.path, spans=spans, tied=[other.path for other in place.tied])
 
 
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
@@ -212,6 +216,7 @@ def _entry(claim: _Claim, path: Path) -> Entry:
     except (MethodError, TypeError) as error:
         raise CorruptFile(f"{path / RECIPE}: {error}") from None
     named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
+    named += [(path, None) for place in claim.places for path in place.tied]
     return Entry(built, claim.where, named)
 
 

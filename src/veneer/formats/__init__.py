@@ -22,6 +22,7 @@ _KNOWN = {
     "torch.nn.modules.conv.Conv2d": "dense.Convolution",
     "torch.nn.modules.conv.Conv3d": "dense.Convolution",
     "torch.nn.modules.activation.MultiheadAttention": "attention.MultiheadAttention",
+    "torch.nn.modules.transformer.TransformerEncoderLayer": "attention.TransformerEncoderLayer",
     "transformers.pytorch_utils.Conv1D": "dense.Conv1D",
     "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention: projections that are parameters, read by one function, never called as modules."""
+"""torch's own attention: projections that one function reads as parameters and no code calls as modules."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ class MultiheadAttention(Parameter):
 
     def map(self, module: nn.Module) -> layers.LinearMap:
         return layers.Matrix()
+
+
+class TransformerEncoderLayer(MultiheadAttention):
+    """nn.TransformerEncoderLayer: its fast path (evaluation without gradients) reads every weight itself."""
+
+    def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
+        for below, name in super().weights(module.get_submodule("self_attn")):
+            yield f"self_attn.{below}".rstrip("."), name
+        yield "linear1", "weight"
+        yield "linear2", "weight"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from veneer import places
 from veneer.delta import Place, row_index
@@ -51,7 +52,8 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
-            tensors[_whole_key(claim.place, adapted)] = value.detach()
+            for place in (claim.place, *claim.place.tied):
+                tensors[_whole_key(place, adapted)] = value.detach()
     return tensors
 
 
@@ -120,7 +122,8 @@ def _groups(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
     dropouts = {claim.method.dropout for group in groups.values() for claim in group if isinstance(claim.method, LoRA)}
     if len(dropouts) > 1:
         raise NotInPEFT("the LoRAs have different dropouts")
-    halves = Counter(g[0].place.reader_path for g in groups.values() if g[0].place.functional)
+    halves = Counter(_attention(group[0].place) for group in groups.values())
+    del halves[""]
     for path, count in halves.items():
         if count != 2:
             raise NotInPEFT(f"PEFT adapts in_proj_weight and out_proj of {path} only together")
@@ -161,7 +164,7 @@ def _size(group: Sequence[Claim], rslora: bool) -> tuple[int, float]:
 def _peft_factor(place: Place) -> float:
     """PEFT's MultiheadAttention adds the change of out_proj twice (seen in 0.21.2), so its B is written halved, which is
     exact, and read doubled; either side then computes what the other does."""
-    return 0.5 if place.functional and place.owner is not place.reader else 1.0
+    return 0.5 if _is_out_proj(place) else 1.0
 
 
 def _is_conv1d(place: Place) -> bool:
@@ -173,10 +176,21 @@ def _module(path: str) -> str:
     return path.partition(":")[0]
 
 
+def _attention(place: Place) -> str:
+    """The nn.MultiheadAttention whose projection this is, or the empty string."""
+    if place.parameter == "in_proj_weight":
+        return place.owner_path
+    return place.owner_path.removesuffix(".out_proj") if _is_out_proj(place) else ""
+
+
+def _is_out_proj(place: Place) -> bool:
+    return isinstance(place.owner, NonDynamicallyQuantizableLinear)
+
+
 def _stem(place: Place) -> str:
     """PEFT's path of a wrapped layer."""
-    if place.functional and place.owner is not place.reader:
-        return f"{PREFIX}{place.reader_path}.base_layer.{place.owner_path.rpartition('.')[2]}"
+    if _is_out_proj(place):
+        return f"{PREFIX}{_attention(place)}.base_layer.out_proj"
     return f"{PREFIX}{place.owner_path}"
 
 
@@ -192,7 +206,7 @@ def _whole_key(place: Place, adapted: set[str]) -> str:
     """PEFT's key of a parameter trained whole: below `base_layer` where LoRA wraps its module."""
     if place.owner_path in adapted:
         return f"{_stem(place)}.base_layer.{place.parameter}"
-    if place.owner is place.reader and f"{place.owner_path}.out_proj" in adapted:
+    if place.parameter == "in_proj_bias" and f"{place.owner_path}.out_proj" in adapted:
         raise NotInPEFT("PEFT does not save the in_proj_bias of an nn.MultiheadAttention that it adapts")
     return f"{PREFIX}{place.owner_path}.{place.parameter}"
 

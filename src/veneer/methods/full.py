@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from veneer.delta import Delta, Method, Place, Unit, Weight, compute_dtype
@@ -62,9 +62,9 @@ class FullFineTuning(Method):
 
     def build(self, place: Place) -> Delta:
         stored = place.weight
-        if not stored.dtype.is_floating_point or stored.numel() != place.format.count(place.owner, place.parameter):
+        if not stored.dtype.is_floating_point or stored.numel() != math.prod(place.shape):
             raise MethodError(
                 f"FullFineTuning cannot train {place.path}: it is stored as {stored.dtype}. Train a layer of floating "
                 "point numbers, or attach LoRA there."
             )
-        return Copy(place.read() if place.spans else torch.as_tensor(stored))
+        return Copy(stored)

@@ -23,7 +23,7 @@ from veneer.errors import UnreadableModel
 from veneer.seams import probe
 from veneer.seams.trace import PRODUCTS as MATMULS
 from veneer.seams.trace import Graph, Node, Tracer
-from veneer.seams.transformers import observed_attention
+from veneer.seams.transformers import is_pretrained, observed_attention
 
 ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
 PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_"}
@@ -56,6 +56,10 @@ class Sublayer:
 
     kind: str
     module: str
+    registered: bool = False
+    """Attends through transformers' registry, where keys and values can be reached."""
+    heads: tuple[int, ...] = ()
+    """Key and value heads, width of a key, width of a value, where it is `registered`."""
     roles: dict[str, list[Part]] = field(default_factory=dict)
 
 
@@ -64,6 +68,8 @@ class Anatomy:
     """The sublayers of a model in the order of its forward."""
 
     sublayers: tuple[Sublayer, ...]
+    tables: tuple[str, ...] = ()
+    """The embeddings that token ids are looked up in."""
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
         """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty where there is none."""
@@ -83,6 +89,11 @@ _CACHE: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionar
 
 def read(model: nn.Module) -> Anatomy:
     """The anatomy of a transformers model, traced once. Raises UnreadableModel with what stood in the way."""
+    if not is_pretrained(model):
+        raise UnreadableModel(
+            f"{type(model).__name__} is no transformers model, so its roles cannot be read. Name the modules by a glob, such "
+            "as where='*.q_proj'."
+        )
     if model not in _CACHE:
         _CACHE[model] = _sublayers(_trace(model))
     return _CACHE[model]
@@ -92,7 +103,9 @@ def _trace(model: nn.Module) -> Graph:
     try:
         inputs = {name: tensor.to("meta") for name, tensor in probe.inputs(model).items()}
         meta = {name: _meta(tensor) for name, tensor in _tensors(model).items()}
-        tracer = Tracer(model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)})
+        tracer = Tracer(
+            model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
+        )
         with torch.no_grad(), observed_attention(tracer.attention), tracer:
             torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
     except Exception as error:
@@ -127,7 +140,19 @@ def _sublayers(graph: Graph) -> Anatomy:
         if key not in seen:
             seen.add(key)
             found.append(sublayer)
-    return Anatomy(tuple(found))
+    return Anatomy(tuple(found), _tables(graph))
+
+
+def _tables(graph: Graph) -> tuple[str, ...]:
+    """Modules that look up token ids as they came: positions and types are computed, ids are only reshaped."""
+    ids: set[int] = set()
+    tables: dict[str, None] = {}
+    for node in graph.nodes:
+        if node.op.endswith("input_ids") or (node.op in VIEWS and ids.issuperset(node.inputs) and node.inputs):
+            ids.add(node.index)
+        elif node.op == "embedding" and ids & set(node.inputs):
+            tables[node.module] = None
+    return tuple(tables)
 
 
 def _residuals(graph: Graph) -> list[tuple[int, int]]:
@@ -168,7 +193,10 @@ def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
     if core is None or core.core is None:
         return None
     cross = not (graph.reaches(stream, core.core[1]) or stream == core.core[1])
-    sublayer = Sublayer("cross_attention" if cross else "attention", core.module)
+    sublayer = Sublayer("cross_attention" if cross else "attention", core.module, core.op == "attention")
+    if sublayer.registered:
+        keys, values = (graph.nodes[i].shape for i in core.core[1:])
+        sublayer.heads = (keys[1], keys[3], values[3])
     if core.is_weight:
         sublayer.roles = _packed(core, graph)
         return sublayer
@@ -225,14 +253,14 @@ def _mlp(graph: Graph, stream: int, branch: int) -> Sublayer:
     inside = graph.between(stream, branch)
     weights = [node for node in inside if node.is_weight]
     last = [w for w in weights if not any(graph.reaches(w.index, other.index) for other in weights)]
-    sublayer = Sublayer("mlp", last[-1].module, {"down": [Part(w.parameters[0]) for w in last]})
+    sublayer = Sublayer("mlp", last[-1].module, roles={"down": [Part(w.parameters[0]) for w in last]})
     for node in inside:
         gated = _gate(graph, stream, node) if node.op in PRODUCTS else None
         if gated:
             sublayer.roles = {"gate": gated[0], "up": gated[1], **sublayer.roles}
             return sublayer
     first = [w for w in weights if w not in last and not any(graph.reaches(o.index, w.index) for o in weights)]
-    return Sublayer("mlp", sublayer.module, {"up": [Part(w.parameters[0]) for w in first], **sublayer.roles})
+    return Sublayer("mlp", sublayer.module, roles={"up": [Part(w.parameters[0]) for w in first], **sublayer.roles})
 
 
 def _gate(graph: Graph, stream: int, product: Node) -> tuple[list[Part], list[Part]] | None:

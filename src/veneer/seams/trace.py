@@ -91,7 +91,7 @@ class Graph:
 class Tracer(TorchFunctionMode):
     """Records a `Graph` while it is entered."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
         super().__init__()
         self.graph = Graph()
         self.paused = False
@@ -100,6 +100,8 @@ class Tracer(TorchFunctionMode):
         self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
         self.node_of: dict[int, int] = {}
         self.alive: list[Tensor] = list(parameters.values())
+        for name, tensor in inputs.items():
+            self.add(tensor, Node(0, f"input {name}", "", ()))
 
     def __enter__(self) -> Tracer:
         self.hooks = [

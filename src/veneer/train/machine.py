@@ -1,0 +1,62 @@
+"""The machine a run has: its device, its threads, its memory, and the versions of what does the work."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("veneer", "torch", "transformers", "accelerate", "safetensors", "sacrebleu")
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory in use at once so far: of the GPU where it does the work, otherwise of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+@contextmanager
+def fitting_threads() -> Iterator[int]:
+    """As many torch threads as this process may run at once, for a while.
+
+    torch counts the machine's cores. In a container that may use two of sixty-four, its threads would wait for each
+    other most of the time: ten times slower, as measured with four threads on two cores.
+    """
+    before = torch.get_num_threads()
+    threads = min(before, processors())
+    torch.set_num_threads(threads)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def processors(quota: Path = QUOTA) -> int:
+    """The processors that this process may use, by its affinity and its control group."""
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    if quota.is_file():
+        share, period = quota.read_text(encoding="ascii").split()
+        if share != "max":
+            allowed = min(allowed, -(-int(share) // int(period)))
+    return max(1, allowed)
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on."""
+    return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}

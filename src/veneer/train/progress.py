@@ -1,0 +1,96 @@
+"""One line that tells how training goes, and the record of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+LINES = 10
+"""How many plain lines are written where there is no terminal to draw a bar on."""
+
+
+@dataclass
+class History:
+    """What happened during training: (step, loss) of each batch and of the held-out examples, and the speed."""
+
+    training: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of prompts and answers, without padding, in each second of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+class Watch(TrainerCallback):
+    """Shows a bar with loss, speed and time left, and fills a History.
+
+    `probe` is called after the steps in `probe_at` and its result recorded as the held-out loss; the time it takes
+    counts neither as training nor in the speed.
+    """
+
+    def __init__(
+        self, console: Console, probe: Callable[[], float] | None = None, probe_at: Collection[int] = ()
+    ) -> None:
+        self.history = History()
+        self.console = console
+        self.probe = probe
+        self.probe_at = frozenset(probe_at)
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  time left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0)
+        self.started = 0.0
+        self.paused = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock."""
+        self.started = time.perf_counter()
+        self.bar.reset(self.task, total=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Records and shows one step; the Trainer logs each of them, and a summary without a loss at the end."""
+        if not logs or "loss" not in logs:
+            return
+        history, step = self.history, state.global_step
+        history.training.append((step, logs["loss"]))
+        history.tokens = int(state.num_input_tokens_seen)
+        history.seconds = time.perf_counter() - self.started - self.paused
+        self._show(step, state.max_steps, logs["loss"])
+        if self.probe is not None and step in self.probe_at:
+            before = time.perf_counter()
+            history.held_out.append((step, self.probe()))
+            self.paused += time.perf_counter() - before
+
+    def _show(self, step: int, steps: int, loss: float) -> None:
+        history = self.history
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=step, loss=loss, speed=history.tokens_per_second)
+        elif step % max(1, steps // LINES) == 0 or step == steps:
+            left = history.seconds / step * (steps - step)
+            self.console.print(
+                f"step {step}/{steps}  loss {loss:.3f}  {history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
+            )
