@@ -32,10 +32,10 @@ def attach(
 ) -> Adapter:
     """Put a trained layer on a frozen model, and make it the one that acts and trains.
 
-    `method` is one method, a tuple of methods stacked in order, or a mapping from `where` to either. `where` is a text as
-    `veneer.places` reads it, or a list of them; None means the method's own default. `also_train` names modules (whole
-    dotted endings) that are trained whole, in a copy. `dtype` is that of the adapter's weights: float32 unless the base is
-    float64.
+    `method` is one method, a tuple of methods stacked in order, or a mapping from `where` to either. `where` is a text
+    as `veneer.places` reads it, or a list of them; None means the method's own default. `also_train` names modules
+    (whole dotted endings) that are trained whole, in a copy. `dtype` is that of the adapter's weights: float32 unless
+    the base is float64.
 
     All other parameters are frozen; `detach` restores the model. The base's keys, class and modules stay as they are.
 

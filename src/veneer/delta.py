@@ -1,7 +1,8 @@
 """The contract: five ports, the places they stand at, and the method that builds what stands there.
 
-A method is one frozen dataclass; for each `Place` it builds a `Delta`, a small module whose forward *is* what happens at
-its port. A delta knows nothing of how the base weight is stored, which rows of a batch it serves, or how it is saved.
+A method is one frozen dataclass; for each `Place` it builds a `Delta`, a small module whose forward *is* what happens
+at its port. A delta knows nothing of how the base weight is stored, which rows of a batch it serves, or how it is
+saved.
 
 | port       | the base computes        | with the delta                 |
 |------------|--------------------------|--------------------------------|
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
@@ -133,23 +134,21 @@ class Delta(nn.Module, ABC):
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
 
-    @abstractmethod
-    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What happens at the port."""
+    forward: Callable[..., Any]  # each port declares what it is called with
 
 
 class Before(Delta):
     """base(x) becomes base(delta(x))."""
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor: ...  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor: ...
 
 
 class After(Delta):
     """y = base(x) becomes delta(x, y)."""
 
     @abstractmethod
-    def forward(self, x: Tensor, y: Tensor) -> Tensor: ...  # type: ignore[override]
+    def forward(self, x: Tensor, y: Tensor) -> Tensor: ...
 
 
 class KeyValue(Delta):
@@ -159,21 +158,21 @@ class KeyValue(Delta):
     """
 
     @abstractmethod
-    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...  # type: ignore[override]
+    def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Input(Delta):
     """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...  # type: ignore[override]
+    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):
     """Where a parameter w is read, delta(w) is read instead; the stored w stays as it is."""
 
     @abstractmethod
-    def forward(self, w: Tensor) -> Tensor: ...  # type: ignore[override]
+    def forward(self, w: Tensor) -> Tensor: ...
 
 
 @cache
@@ -187,8 +186,8 @@ class Method(ABC):
     """One PEFT method: its options, its checks, and the delta it builds. Subclasses are frozen dataclasses.
 
     `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections),
-    "parameter" (any parameter), "attention" (keys and values) or "input" (input embeddings). `default_where` is where it
-    goes when the user names nothing.
+    "parameter" (any parameter), "attention" (keys and values) or "input" (input embeddings). `default_where` is where
+    it goes when the user names nothing.
     """
 
     unit: ClassVar[Unit] = "weight"

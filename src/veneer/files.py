@@ -59,15 +59,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. UnsafeFile for a pickle, CorruptFile for anything else or non-finite numbers."""
+    """The tensors of a safetensors file; UnsafeFile for a pickle, CorruptFile for anything else or for NaN."""
     if not path.exists():
         pickled = next(
             (path.parent / n for n in ("adapter_model.bin", "adapter_model.pt") if (path.parent / n).exists()), None
         )
         if pickled:
             raise UnsafeFile(
-                f"{pickled} is a pickle, which can run code when it is read. Convert it to {path.name} where you trust it: "
-                "safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)."
+                f"{pickled} is a pickle, which can run code when it is read. Convert it to {path.name} where you trust "
+                "it: safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)."
             )
         raise FileError(f"{path} does not exist.")
     try:

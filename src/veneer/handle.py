@@ -52,7 +52,7 @@ class Adapter:
         return f"Adapter({self.name!r}: {', '.join(methods)} at {len(self.claims)} places)"
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(key, parameter) of all that this adapter trains. A key is the place's path, a running number, and the name."""
+        """(key, parameter) of all that this adapter trains; a key is a place's path, a running number and the name."""
         seen: dict[str, int] = {}
         for claim in self.claims:
             number = seen.setdefault(claim.place.path, 0)
@@ -87,8 +87,8 @@ class Adapter:
     def parameter_groups(self, lr: float, lora_plus_ratio: float | None = None) -> list[dict[str, Any]]:
         """Groups for an optimizer: one at `lr`, and with `lora_plus_ratio` a second, at `lr` times it, for every B.
 
-        LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354) trains B
-        faster than A; the paper's ratio is 16. Raises MethodError where the adapter has no B.
+        LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354) trains
+        B faster than A; the paper's ratio is 16. Raises MethodError where the adapter has no B.
         """
         fast = {id(p) for claim in self.claims for n, p in claim.delta.named_parameters() if n in claim.delta.fast}
         if lora_plus_ratio is None:

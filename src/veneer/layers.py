@@ -1,9 +1,9 @@
 """What a layer computes: the linear map behind its weight, and how that map splits into two thin factors.
 
-A weight W of logical shape [out, in, *kernel] acts on activations; a rank-r change of it is B·A with A: [r, in, *kernel]
-and B: [out, r, *1]. Applying A then B to the activations costs r·(in + out) a position where W costs in·out. The map knows
-no storage (that is `formats/`) and no method: LoRA, and whatever else factors a weight, asks it for `down`, `up` and
-`product`.
+A weight W of logical shape [out, in, *kernel] acts on activations; a rank-r change of it is B·A with A: [r, in,
+*kernel] and B: [out, r, *1]. Applying A then B to the activations costs r·(in + out) a position where W costs in·out.
+The map knows no storage (that is `formats/`) and no method: LoRA, and whatever else factors a weight, asks it for
+`down`, `up` and `product`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class LinearMap(ABC):
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
         """B·A in the logical shape of the weight."""
-        return torch.mm(B.flatten(1), A.flatten(1)).unflatten(1, A.shape[1:])
+        product: Tensor = torch.mm(B.flatten(1), A.flatten(1)).unflatten(1, A.shape[1:])
+        return product
 
     @abstractmethod
     def down(self, x: Tensor, A: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ from veneer.handle import Adapter, handle, in_order, state_of
 def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
     """Fold an adapter into the base's weights, computed in float32 or wider and rounded once to the stored dtype.
 
-    The stored weights are kept (a copy of each changed one), so that `unmerge` and `detach` restore them bit for bit. With
-    `permanent=True` nothing is kept and the adapter is taken off: a plain model with the adapter's behaviour.
+    The stored weights are kept (a copy of each changed one), so that `unmerge` and `detach` restore them bit for bit.
+    With `permanent=True` nothing is kept and the adapter is taken off: a plain model with the adapter's behaviour.
 
     Raises NotMergeable, before the model is touched, where a method has no weight form, a weight is shared with another
     module (a tied embedding and head), or its storage cannot take the change.
@@ -80,8 +80,8 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
         shared = owners[id(one.place.weight)]
         if len(shared) > 1 + len(one.place.tied):
             raise NotMergeable(
-                f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change as well. Untie them first, or keep "
-                "the adapter attached."
+                f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change too. Untie them first, or "
+                "keep the adapter attached."
             )
 
 

@@ -1,4 +1,4 @@
-"""How text names module paths: a glob over whole dotted endings, or `re:` and a regular expression over the whole path."""
+"""How text names module paths: a glob over whole dotted endings, or `re:` and a regex over the whole path."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from veneer.errors import PlaceError
 def matcher(pattern: str) -> Callable[[str], bool]:
     """A test for paths.
 
-    `q_proj` and `*.q_proj` match `model.layers.0.self_attn.q_proj`, by whole components and never by substring; `re:` and
-    a regular expression must match the whole path. Raises PlaceError where the expression is malformed.
+    `q_proj` and `*.q_proj` match `model.layers.0.self_attn.q_proj`, by whole components and never by substring; `re:`
+    and a regular expression must match the whole path. Raises PlaceError where the expression is malformed.
     """
     if not pattern.startswith("re:"):
         whole = re.compile(rf"(?s:.*\.)?(?:{fnmatch.translate(pattern.replace('[', '[[]'))})")

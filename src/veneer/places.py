@@ -236,22 +236,23 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
             f"where='{text}' names {listed(others, 2)} of {type(model).__name__}, on which this method does not act. "
             f"Name layers inside, such as where='{text}.*'."
         )
-    return f"No module of {type(model).__name__} matches where='{text}'.{closest(text, inventory)} Roles: {', '.join(ROLES)}."
+    near = closest(text, inventory)
+    return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
     if not name.replace("-", "_").isidentifier() or name in dir(site.Site):
         raise PlaceError(
-            f"An adapter cannot be named '{name}'. Use letters, digits, '_' and '-', starting with a letter, and no word "
-            "that modules use for themselves."
+            f"An adapter cannot be named '{name}'. Use letters, digits, '_' and '-', starting with a letter, and no "
+            "word that modules use for themselves."
         )
     if name in taken:
         raise PlaceError(f"The model already has an adapter '{name}'. Detach it first, or choose another name.")
 
 
 def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] | None]]) -> list[Place]:
-    """The places with exactly these paths and spans, as a file names them; NoSuchPlace for the first that is not there."""
+    """The places with exactly these paths and spans, as a file names them; NoSuchPlace for one that is not there."""
     inventory = _INVENTORIES[unit](model)
     found = []
     for path, spans in named:

@@ -17,7 +17,8 @@ Row = str | None | Sequence[str]
 def activate(model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None) -> None:
     """From now on these adapters act, stacked in the order of attaching, and train; all others rest and are frozen.
 
-    No name means the base alone. `rows` gives every row of a batch its own: a name, several names, or None for the base.
+    No name means the base alone. `rows` gives every row of a batch its own: a name, several names, or None for the
+    base.
     """
     _route(model, names, rows)
     state = state_of(model)
@@ -49,7 +50,8 @@ def _refuse_without_merged(state: State, groups: Sequence[Sequence[str]]) -> Non
     for name in state.routes.merged:
         if any(name not in group for group in groups):
             raise AdapterError(
-                f"Adapter '{name}' is merged into the weights, so nothing can run without it. Call veneer.unmerge first."
+                f"Adapter '{name}' is merged into the weights, so nothing can run without it. "
+                "Call veneer.unmerge first."
             )
 
 
@@ -57,9 +59,9 @@ def _refuse_without_merged(state: State, groups: Sequence[Sequence[str]]) -> Non
 def use(model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None) -> Iterator[nn.Module]:
     """Within, these adapters act (no name: the base alone), without gradients; afterwards what acted before.
 
-    `rows` mixes adapters in one batch, one entry a row: `rows=["french", ("french", "law"), None]`. `generate` may expand
-    rows for beams and returned sequences. For training use `activate`: a `use` that closes before `backward` would let
-    gradient checkpointing recompute with other adapters.
+    `rows` mixes adapters in one batch, one entry a row: `rows=["french", ("french", "law"), None]`. `generate` may
+    expand rows for beams and returned sequences. For training use `activate`: a `use` that closes before `backward`
+    would let gradient checkpointing recompute with other adapters.
     """
     routes = state_of(model).routes
     before = routes.active, routes.rows

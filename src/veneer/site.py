@@ -203,11 +203,11 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for delta, binding, rows in site.deltas(Weight, len(_first(args, kwargs)) if args or kwargs else 0):
         if rows is not None:
             raise RoutingError(
-                f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ there. "
-                "Run the rows apart, or leave this place out of the adapter."
+                f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
+                "there. Run the rows apart, or leave this place out of the adapter."
             )
         owner = module.get_submodule(binding.owner)
-        weight = owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter])
+        weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
         if binding.spans is None:
             weight = delta(weight)
         else:

@@ -116,8 +116,8 @@ def _place(place: Place) -> _Place:
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
     """Attach the adapter of a folder, or of a Hub id, and make it the active one.
 
-    Reads Veneer's folders and Hugging Face PEFT's LoRA folders, safetensors only. Every key, shape and number is checked
-    before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming file and key.
+    Reads Veneer's folders and Hugging Face PEFT's LoRA folders, safetensors only. Every key, shape and number is
+    checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming file and key.
     """
     path = _located(folder, revision)
     if (path / RECIPE).exists():
@@ -199,8 +199,8 @@ def _check_sum(path: Path, recipe: Recipe) -> None:
     del tensors
     if files.digest(file.read_bytes()) != recipe.tensors.sha256:
         raise CorruptFile(
-            f"{file} is not the file that {RECIPE} describes: it was changed, or a save was interrupted. Save again, or "
-            f"delete {RECIPE} to load it as a plain PEFT folder."
+            f"{file} is not the file that {RECIPE} describes: it was changed, or a save was interrupted. Save again, "
+            f"or delete {RECIPE} to load it as a plain PEFT folder."
         )
 
 
@@ -253,6 +253,6 @@ def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, 
     for key, tensor in expected.items():
         if tensor.shape != found[key].shape:
             raise WrongModel(
-                f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter was "
-                f"made for {_described(base)}."
+                f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter "
+                f"was made for {_described(base)}."
             )

@@ -77,8 +77,8 @@ class Convolution(Parameter):
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         if module.groups > 1:
             raise MethodError(
-                f"a {type(module).__name__} with groups={module.groups} has a block-diagonal weight, of which a low-rank "
-                "product is no change. Leave it out of `where`, or train it whole with also_train."
+                f"a {type(module).__name__} with groups={module.groups} has a block-diagonal weight, of which a low-"
+                "rank product is no change. Leave it out of `where`, or train it whole with also_train."
             )
         return layers.Convolution(
             stride=module.stride,

@@ -1,8 +1,9 @@
 """Hugging Face PEFT's adapter files, which vLLM, SGLang and llama.cpp's converter read too.
 
-`adapter_config.json` says how to read `adapter_model.safetensors`, whose keys are `base_model.model.<module>.<parameter>`.
-PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked at one place, are written as one pair whose
-A are put under each other and whose B stand in their own rows and columns, zero elsewhere: the same sum, exactly.
+`adapter_config.json` says how to read `adapter_model.safetensors`, whose keys are
+`base_model.model.<module>.<parameter>`. PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
+at one place, are written as one pair whose A are put under each other and whose B stand in their own rows and columns,
+zero elsewhere: the same sum, exactly.
 """
 
 from __future__ import annotations
@@ -162,8 +163,8 @@ def _size(group: Sequence[Claim], rslora: bool) -> tuple[int, float]:
 
 
 def _peft_factor(place: Place) -> float:
-    """PEFT's MultiheadAttention adds the change of out_proj twice (seen in 0.21.2), so its B is written halved, which is
-    exact, and read doubled; either side then computes what the other does."""
+    """PEFT's MultiheadAttention adds the change of out_proj twice (seen in 0.21.2), so its B is written halved, which
+    is exact, and read doubled; either side then computes what the other does."""
     return 0.5 if _is_out_proj(place) else 1.0
 
 

@@ -70,7 +70,7 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
 
 
 def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes a trained module's bias three times; only the one under the module's own path counts."""
+    """With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts."""
     return {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
 
 
@@ -116,7 +116,7 @@ def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[st
 
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
     """PEFT's patterns are regular expressions over path endings; those that match nothing are left out."""
-    known = {
+    known: dict[str, Any] = {
         name: {
             f"re:(.*\\.)?({key})": value
             for key, value in table.items()

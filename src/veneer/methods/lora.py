@@ -45,8 +45,8 @@ class LoRA(Method):
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, a pattern or bias option that matches nothing, or dropout on a weight that is
-        read functionally (nn.MultiheadAttention).
+        MethodError for a value out of range, a pattern or bias option that matches nothing, or dropout on a weight that
+        is read functionally (nn.MultiheadAttention).
 
     Paper:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; rank-stabilised

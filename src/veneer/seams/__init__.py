@@ -1,1 +1,1 @@
-"""The only folder that knows transformers: its attention registry, and a model's anatomy read off one traced forward."""
+"""The only folder that knows transformers: its attention registry, and a model's anatomy off one traced forward."""

@@ -1,6 +1,7 @@
 """What is where in a model, read off its data flow: no table of names, no code for any one architecture.
 
-- A residual add is an add of two equal shapes, one operand an ancestor of the other with a weight or an attention between.
+- A residual add is an add of two equal shapes, one operand an ancestor of the other with a weight or an attention
+  between.
 - A sublayer is what lies between; with an attention in it it is attention, otherwise an MLP.
 - q, k and v are the nearest weights behind an attention's operands, o the nearest after it. Where one weight serves
   several of them, random numbers sent through the recorded calls tell which of its output rows each role gets.
@@ -72,7 +73,7 @@ class Anatomy:
     """The embeddings that token ids are looked up in."""
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
-        """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty where there is none."""
+        """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty for none."""
         kind, _, short = role.partition(".")
         return [
             (name, part)
@@ -91,8 +92,8 @@ def read(model: nn.Module) -> Anatomy:
     """The anatomy of a transformers model, traced once. Raises UnreadableModel with what stood in the way."""
     if not is_pretrained(model):
         raise UnreadableModel(
-            f"{type(model).__name__} is no transformers model, so its roles cannot be read. Name the modules by a glob, such "
-            "as where='*.q_proj'."
+            f"{type(model).__name__} is no transformers model, so its roles cannot be read. Name the modules by a "
+            "glob, such as where='*.q_proj'."
         )
     if model not in _CACHE:
         _CACHE[model] = _sublayers(_trace(model))
@@ -160,9 +161,7 @@ def _residuals(graph: Graph) -> list[tuple[int, int]]:
     found: list[tuple[int, int, int]] = []
     base: dict[int, int] = {}
     for node in graph.nodes:
-        operands = [
-            i for i in node.inputs if graph.nodes[i].shape == node.shape and not graph.nodes[i].op == "parameter"
-        ]
+        operands = [i for i in node.inputs if graph.nodes[i].shape == node.shape and graph.nodes[i].op != "parameter"]
         if node.op not in ADDS or len(operands) != 2:
             continue
         for stream, branch in (operands, operands[::-1]):

@@ -1,12 +1,12 @@
 """The `KeyValue` port: one wrap of transformers' attention registry, through which every attention module passes.
 
-A name of our own in the registry would lose the modules' local eager functions and their masks (a name the mask registry
-does not know gets no mask at all); replacing modules would change the base. So the lookup itself is wrapped once, and a
-module without a site, or whose site has nothing to say, gets what it got before.
+A name of our own in the registry would lose the modules' local eager functions and their masks (a name the mask
+registry does not know gets no mask at all); replacing modules would change the base. So the lookup itself is wrapped
+once, and a module without a site, or whose site has nothing to say, gets what it got before.
 
-Keys in front are seen by every query, so a mask grows by columns that let all through. Where transformers leaves the mask
-out and means "causal", an explicit one must be made: with more keys than queries its scaled-dot-product route drops the
-last keys.
+Keys in front are seen by every query, so a mask grows by columns that let all through. Where transformers leaves the
+mask out and means "causal", an explicit one must be made: with more keys than queries its scaled-dot-product route
+drops the last keys.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def wrap() -> None:
 
     if _original is None:
         _original = AttentionInterface.get_interface
-        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
+        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign, assignment]
 
 
 def unwrap() -> None:
@@ -90,7 +90,8 @@ def _widened(module: Any, query: Tensor, key: Tensor, mask: Any, added: int, kwa
         return F.pad(mask, (added, 0), value=seen)
     if mask is not None:
         raise VeneerError(
-            f"A {type(mask).__name__} mask cannot be widened. Load the model with attn_implementation='sdpa' or 'eager'."
+            f"A {type(mask).__name__} mask cannot be widened. "
+            "Load the model with attn_implementation='sdpa' or 'eager'."
         )
     causal = kwargs.get("is_causal")
     causal = module.is_causal if causal is None else causal

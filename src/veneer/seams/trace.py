@@ -1,8 +1,8 @@
 """One probe forward, recorded as a data-flow graph.
 
 A `TorchFunctionMode` sees every torch call, global module hooks tell which module makes it, and transformers' attention
-interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by meta tensors:
-shapes flow, no weight is needed, nothing is computed.
+interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by meta
+tensors: shapes flow, no weight is needed, nothing is computed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Graph:
         return sorted(found, key=lambda node: node.index)
 
     def replay(self, start: int, end: int, seed: int = 0) -> Tensor:
-        """Which columns (last dimension) of node `start` reach node `end`: a mask, by the gradient of random numbers."""
+        """Which columns (last dimension) of node `start` reach node `end`: a mask, by gradients of random numbers."""
         random = torch.Generator().manual_seed(seed)
         values = {start: torch.randn(self.nodes[start].shape, generator=random, requires_grad=True)}
         for node in self.between(start, end):
@@ -108,11 +108,11 @@ class Tracer(TorchFunctionMode):
             register_module_forward_pre_hook(lambda module, args: self.stack.append(self.paths.get(id(module), ""))),
             register_module_forward_hook(lambda module, args, output: self._leave(), always_call=True),
         ]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for hook in self.hooks:
             hook.remove()
 

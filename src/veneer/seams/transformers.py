@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from veneer.errors import FileError
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Callable[[], Any]], Any]
 
@@ -60,8 +64,45 @@ def observed_attention(observe: Observer) -> Iterator[None]:
 
         return observed
 
-    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign]
+    AttentionInterface.get_interface = get_interface  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
         AttentionInterface.get_interface = original  # type: ignore[method-assign]
+
+
+def without_weights(folder: Path) -> nn.Module:
+    """The model a folder's config describes, on the meta device: shapes without numbers."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = config.architectures or []
+    kind = getattr(transformers, names[0], None) if names else None
+    with torch.device("meta"):
+        built: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
+    return built
+
+
+def language_model(name: str) -> nn.Module:
+    """A causal language model in the dtype it is stored in; FileError where there is none."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileError(f"{name} cannot be loaded as a causal language model: {reason}") from None
+    return model
+
+
+def save_language_model(model: Any, source: str, folder: Path) -> None:
+    """Write a model, with the tokenizer of its source where it has one, into a folder that appears when it is whole."""
+    from transformers import AutoTokenizer
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(partial)
+    try:
+        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+    except (OSError, ValueError) as error:
+        print(f"veneer: {source} has no tokenizer to copy ({str(error).splitlines()[0]})", file=sys.stderr)
+    partial.rename(folder)

@@ -1,0 +1,18 @@
+"""The command line: parse, call a verb, print. Exit code 0: done; 2: a mistake to mend, said in one sentence."""
+
+from __future__ import annotations
+
+import sys
+
+from veneer.errors import VeneerError
+
+
+def main() -> None:
+    """Run the `veneer` command; a user's mistake is one sentence on standard error and exit code 2."""
+    from veneer.cli.commands import app
+
+    try:
+        app()
+    except VeneerError as error:
+        print(f"veneer: {error}", file=sys.stderr)
+        sys.exit(2)

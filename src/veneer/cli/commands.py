@@ -1,0 +1,144 @@
+"""The commands, one function each; typer makes their options and help from the signatures."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import veneer
+from veneer.errors import FileError
+
+app = typer.Typer(
+    help="Parameter-efficient fine-tuning of transformer models.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog="First: [bold]veneer demo --quick[/bold]. Exit codes: 0 done, 2 a mistake to mend.",
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead of text.")]
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Parameter-efficient fine-tuning of transformer models."""
+    if show:
+        print(veneer.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for adapter, merged model, report and loss curve.")] = Path(
+        "runs/demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and verses: under three minutes.")] = False,
+    seed: Annotated[int, typer.Option(help="Chooses held-out verses and the start of the adapter.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fine-tune a real language model with LoRA, on this machine, and measure it.
+
+    SmolLM2-135M learns to turn King James verses into modern English. Example: veneer demo --quick
+    """
+    from veneer.demo import run_demo
+
+    run_demo(output, quick, seed, json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="An adapter's folder, or a transformers model's folder.")],
+    json: Json = False,
+) -> None:
+    """Show what an adapter's folder holds, or which roles a model's modules play.
+
+    Examples: veneer inspect runs/demo/adapter; veneer inspect runs/demo/merged
+    """
+    if (path / "veneer.json").exists():
+        found = _adapter(path)
+    elif (path / "config.json").exists():
+        found = _model(path)
+    else:
+        raise FileError(f"{path} is neither an adapter's folder (veneer.json) nor a model's (config.json).")
+    if json:
+        print(json_text.dumps(found))
+    else:
+        _print(str(path), found)
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """Methods, places and tensors of an adapter's folder."""
+    from veneer import files, store
+
+    recipe = store.read_recipe(path)
+    tensors = files.read_tensors(path / recipe.tensors.file)
+    return {
+        "base": " ".join(value for value in recipe.base.values() if value),
+        "veneer": recipe.veneer,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "tensors": len(tensors),
+        "file": recipe.tensors.file,
+        "read by Hugging Face PEFT": recipe.tensors.file == store.PEFT_TENSORS,
+        "methods": {
+            f"{claim.method} where='{claim.where}'": f"{len(claim.places)} places" for claim in recipe.claims
+        },
+        "also trained whole": recipe.also_train,
+    }
+
+
+def _model(path: Path) -> dict[str, Any]:
+    """Roles of a model, built without weights from its config."""
+    from veneer import places
+    from veneer.errors import NoSuchPlace
+    from veneer.seams import transformers
+
+    model = transformers.without_weights(path)
+    roles: dict[str, str] = {}
+    for role in places.ROLES:
+        try:
+            found = places.find(model, role, "weight")
+        except NoSuchPlace:
+            continue
+        shape = " x ".join(str(size) for size in found[0].shape)
+        roles[role] = f"{len(found)} places, the first {found[0].path} ({shape})"
+    count = veneer.count_parameters(model)
+    return {"class": type(model).__name__, "parameters": count.total, "roles": roles}
+
+
+def _print(title: str, found: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in found.items():
+        if isinstance(value, dict):
+            for name, text in value.items():
+                table.add_row(name, str(text))
+        else:
+            table.add_row(key, f"{value:,}" if type(value) is int else str(value))
+    Console().print(table)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The base: a folder, or a Hub id.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter: a folder of Veneer or PEFT, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist yet.")],
+    json: Json = False,
+) -> None:
+    """Fold an adapter into a causal language model and save a plain transformers folder.
+
+    Example: veneer merge ~/.cache/veneer/smollm2-135m-instruct-0.1.2 runs/demo/adapter merged-model
+    """
+    from veneer.seams import transformers
+
+    if output.exists():
+        raise FileError(f"{output} exists already; name a new folder for the merged model.")
+    base = transformers.language_model(model)
+    handle = veneer.load(base, adapter)
+    places = len(handle.claims)
+    veneer.merge(base, handle, permanent=True)
+    transformers.save_language_model(base, model, output)
+    done = {"output": str(output), "merged_places": places, "parameters": veneer.count_parameters(base).total}
+    print(json_text.dumps(done) if json else f"Merged {places} places; the plain model is in {output}.")
