@@ -70,3 +70,7 @@ def test_law(law, method, family):
         kind, words = reason
         with pytest.raises(kind, match=words):
             law(case)
+
+
+def test_compiled_code_equals_eager():
+    laws.compiling_changes_nothing(Case(FAMILIES["llama"], METHODS["LoRA"]), backend="inductor")

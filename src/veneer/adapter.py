@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer import places, site
 from veneer.delta import Method, Place
-from veneer.errors import MethodError, Overlap, PlaceError
+from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
 from veneer.methods import FullFineTuning
 from veneer.routing import activate
@@ -55,9 +55,9 @@ def claim(
 ) -> list[Claim]:
     """Find the places, build the deltas and check them; nothing is changed on the model."""
     _refuse_sharded(model)
-    pairs = _pairs(method, where) + [
-        (f"re:(.*\\.)?{re.escape(module)}\\..*", FullFineTuning()) for module in also_train
-    ]
+    if isinstance(also_train, str):
+        raise PlaceError(f"also_train is a list of module names; write also_train=['{also_train}'].")
+    pairs = _pairs(method, where) + [(_below(model, module), FullFineTuning()) for module in also_train]
     claims: list[Claim] = []
     while pairs:
         text, one = pairs.pop(0)
@@ -68,6 +68,16 @@ def claim(
     claims = _each_once(claims)
     _refuse_overlaps(claims, stacked=_stacked(method))
     return claims
+
+
+def _below(model: nn.Module, module: str) -> str:
+    """A `where` for everything below the modules of this name; NoSuchPlace where there is none with parameters."""
+    pattern = rf"(.*\.)?{re.escape(module)}"
+    paths = [path for path, _ in places.modules(model)]
+    if not any(re.fullmatch(pattern, path) for path in paths):
+        near = closest(module, paths)
+        raise NoSuchPlace(f"No module of {type(model).__name__} matches '{module}' in also_train.{near}")
+    return rf"re:{pattern}\..*"
 
 
 def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None) -> list[Claim]:
@@ -90,10 +100,11 @@ def _each_once(claims: Sequence[Claim]) -> list[Claim]:
     kept: list[Claim] = []
     whole: set[tuple[int, str]] = set()
     for one in claims:
-        if one.place.key not in whole:
-            kept.append(one)
+        again = isinstance(one.method, FullFineTuning) and one.place.key in whole
         if isinstance(one.method, FullFineTuning):
             whole.add(one.place.key)
+        if not again:
+            kept.append(one)
     return kept
 
 
@@ -108,7 +119,7 @@ def _pairs(method: Methods | Mapping[str, Methods], where: Where | None) -> list
         if not isinstance(one, Method):
             raise MethodError(f"attach takes methods such as veneer.LoRA(rank=8), not {one!r}.")
     text = where if isinstance(where, str) or where is None else " | ".join(where)
-    return [(text or one.default_where, one) for one in methods]
+    return [(one.default_where if text is None else text, one) for one in methods]
 
 
 def _stacked(method: Methods | Mapping[str, Methods]) -> list[tuple[Method, ...]]:
@@ -164,7 +175,7 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
     adapter = Adapter(name, model, claims, also_train)
     state.adapters[name] = adapter
     state.routes.order.append(name)
-    activate(model, name)
+    activate(model, *state.routes.merged, name)
     torch.compiler.reset()
     return adapter
 
@@ -194,7 +205,9 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     An empty list is good. The usual cause is code that reads a layer's `.weight` without calling the layer.
     """
-    active = [a for a in state_of(model).adapters.values() if a.name in state_of(model).routes.active]
+    state = state_of(model)
+    acting = {name for row in state.routes.rows or (state.routes.active,) for name in row} - set(state.routes.merged)
+    active = [adapter for adapter in state.adapters.values() if adapter.name in acting]
     ran: set[int] = set()
     watched = [one for adapter in active for one in adapter.claims]
     hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from veneer.errors import CorruptFile, FileError, UnsafeFile
 
+TRAINABLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 
 def write(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write all files under temporary names, sync them, then rename them in the order given."""
@@ -51,7 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CorruptFile for anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        to_json({"content": content})  # what cannot be written again, such as half a surrogate pair, is no text
+    except (OSError, ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is not readable as JSON: {error}. Restore it from where it came from.") from None
     if not isinstance(content, dict):
         raise CorruptFile(f"{path} holds a JSON {type(content).__name__}, not an object.")
@@ -78,7 +81,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or no safetensors file ({error}). Copy it again from its source."
         ) from None
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.dtype not in TRAINABLE:
+            raise CorruptFile(f"{path}: {key} is stored as {tensor.dtype}; an adapter's tensors are floating point.")
+        if not torch.isfinite(tensor).all():
             raise CorruptFile(
                 f"{path}: {key} holds NaN or infinite numbers; its training diverged. Use an earlier save."
             )

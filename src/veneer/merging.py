@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from veneer.adapter import take_off
-from veneer.delta import compute_dtype
+from veneer.delta import Weight, compute_dtype
 from veneer.errors import AdapterError, NotMergeable, listed
 from veneer.handle import Adapter, handle, in_order, state_of
 
@@ -31,6 +31,7 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
     if adapter.name in state.routes.merged:
         raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
     _refuse_unmergeable(model, adapter)
+    _refuse_replaced(model, adapter)
     _fold(adapter)
     if permanent:
         adapter.originals.clear()
@@ -48,14 +49,14 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
 def _fold(adapter: Adapter) -> None:
     kept: set[tuple[int, str]] = set()
     try:
-        for one in adapter.claims:
+        for one in sorted(adapter.claims, key=lambda one: not isinstance(one.delta, Weight)):  # as a forward does
             place = one.place
             if place.key not in kept:
                 kept.add(place.key)
                 adapter.originals.append((place.owner, place.parameter, place.weight.detach().clone()))
             dense = place.read()
             place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
-    except Exception:
+    except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
 
@@ -83,6 +84,19 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
                 f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change too. Untie them first, or "
                 "keep the adapter attached."
             )
+
+
+def _refuse_replaced(model: nn.Module, adapter: Adapter) -> None:
+    """A weight that another adapter changes as it is read would hide what is merged into it."""
+    mine = {one.place.key for one in adapter.claims}
+    for other in state_of(model).adapters.values():
+        for one in other.claims:
+            resting = other is adapter or other.name in state_of(model).routes.merged
+            if not resting and isinstance(one.delta, Weight) and one.place.key in mine:
+                raise AdapterError(
+                    f"Adapter '{other.name}' changes {one.place.path} as it is read, so '{adapter.name}' cannot be "
+                    f"merged below it. Merge or detach '{other.name}' first."
+                )
 
 
 def unmerge(model: nn.Module, adapter: Adapter | str) -> None:

@@ -6,7 +6,7 @@
     embedding, head the token embedding, the projection over the vocabulary
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
-    a | b           the union
+    a | b           the union; beside a regular expression the bar has a space on either side
 
 A text means only places that the method acts on; naming none of those is an error that says what is near.
 """
@@ -58,7 +58,8 @@ def _tie(found: list[Place]) -> list[Place]:
 
 
 def _split(where: str) -> list[str]:
-    return [where] if where.startswith("re:") else [text.strip() for text in where.split("|")]
+    bar = " | " if "re:" in where else "|"
+    return [text.strip() for text in where.split(bar)]
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -96,7 +97,7 @@ def weights(model: nn.Module) -> dict[str, Place]:
                 parameter=parameter,
                 format=form,
                 shape=form.shape(owner, parameter),
-                functional=form.functional,
+                functional=form.functional(module),
             )
     return found
 
@@ -242,7 +243,7 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
-    if not name.replace("-", "_").isidentifier() or name in dir(site.Site):
+    if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", site.Routes())):
         raise PlaceError(
             f"An adapter cannot be named '{name}'. Use letters, digits, '_' and '-', starting with a letter, and no "
             "word that modules use for themselves."
@@ -260,5 +261,8 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
         if plain not in inventory:
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
+        edges = [edge for span in spans or () for edge in span]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
+            raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
     return _tie(found) if unit == "parameter" else found

@@ -33,6 +33,8 @@ def _route(model: nn.Module, names: Sequence[Adapter | str], rows: Sequence[Row]
     """Set who acts for whom, after checking every name."""
     if names and rows is not None:
         raise AdapterError("Name adapters for the whole batch or give `rows`, not both.")
+    if rows is not None and not rows:
+        raise AdapterError("rows is empty. Give one entry a row of the batch; None is the base.")
     state = state_of(model)
     chosen = [handle(model, name).name for name in names]
     by_row = None if rows is None else [_row(model, row) for row in rows]

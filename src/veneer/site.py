@@ -41,8 +41,8 @@ class Routes:
     rows: tuple[tuple[str, ...], ...] | None = None
     merged: list[str] = field(default_factory=list)
 
-    def served(self, name: str, size: int, path: str) -> list[int] | None:
-        """The rows of a batch of `size` that `name` acts on; None means all, [] none.
+    def served(self, name: str, batch: Tensor, path: str) -> list[int] | None:
+        """The rows of a batch that `name` acts on; None means all, [] none.
 
         `generate` repeats each row for its beams and its returned sequences, side by side, and some models fold other
         dimensions into the batch in the same order; so a batch k times as long as `rows` gives each entry k rows.
@@ -56,6 +56,7 @@ class Routes:
             return None
         if not any(mine):
             return []
+        size = len(batch)
         repeats, left = divmod(size, len(self.rows))
         if left or not repeats:
             raise RoutingError(
@@ -85,12 +86,14 @@ class Site(nn.ModuleDict):
         self.bindings: dict[str, list[Binding]] = {}
         self.handles: list[RemovableHandle] = []
 
-    def deltas(self, port: type[Delta] | tuple[type[Delta], ...], size: int) -> Iterator[tuple[Delta, Binding, Rows]]:
+    def deltas(
+        self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor
+    ) -> Iterator[tuple[Delta, Binding, Rows]]:
         """The deltas that act now at one port, with the rows they act on (None: all)."""
         for name in self.routes.order:
             if name not in self.bindings:
                 continue
-            rows = self.routes.served(name, size, self.path)
+            rows = self.routes.served(name, batch, self.path)
             if rows == []:
                 continue
             for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
@@ -165,7 +168,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _first(args, kwargs)
-    for delta, _, rows in cast(Site, module.adapters).deltas(Before, len(x)):
+    for delta, _, rows in cast(Site, module.adapters).deltas(Before, x):
         x = delta(x) if rows is None else _put(x, 0, rows, delta(_take(x, 0, rows)))
     if args:
         return (x, *args[1:]), kwargs
@@ -174,7 +177,7 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
     x = _first(args, kwargs)
-    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), len(x)):
+    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), x):
         if rows is None:
             y = _columns(delta, x, y, binding.spans)
         else:
@@ -200,7 +203,7 @@ def _put(x: Tensor, dim: int, rows: list[int], new: Tensor) -> Tensor:
 
 def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site = cast(Site, module.adapters)
-    for delta, binding, rows in site.deltas(Weight, len(_first(args, kwargs)) if args or kwargs else 0):
+    for delta, binding, rows in site.deltas(Weight, _first(args, kwargs)):
         if rows is not None:
             raise RoutingError(
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
@@ -224,7 +227,7 @@ def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them."""
-    for delta, binding, rows in site.deltas(KeyValue, len(k)):
+    for delta, binding, rows in site.deltas(KeyValue, k):
         if rows is not None:
             raise RoutingError(
                 f"{binding.path} attends to keys of another length with this adapter than without it, so rows cannot "

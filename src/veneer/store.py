@@ -38,7 +38,7 @@ class _Claim(pydantic.BaseModel, extra="forbid", strict=True):
     method: str
     options: dict[str, Any]
     where: str
-    places: list[_Place]
+    places: list[_Place] = pydantic.Field(min_length=1)
 
 
 class _Tensors(pydantic.BaseModel, extra="forbid", strict=True):
@@ -52,7 +52,7 @@ class Recipe(pydantic.BaseModel, extra="forbid", strict=True):
     format: int
     veneer: str
     base: dict[str, str]
-    claims: list[_Claim]
+    claims: list[_Claim] = pydantic.Field(min_length=1)
     also_train: list[str]
     tensors: _Tensors
 
@@ -151,7 +151,10 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
     claims = _claims(model, entries, path, recipe.base)
     tensors = files.read_tensors(path / recipe.tensors.file)
     in_peft = recipe.tensors.file == PEFT_TENSORS
-    expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
+    try:
+        expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
+    except peft.NotInPEFT as error:
+        raise CorruptFile(f"{path / RECIPE} does not belong to {recipe.tensors.file}: {error}.") from None
     _compare(expected, tensors, path / recipe.tensors.file, recipe.base)
     if in_peft:
         peft.from_tensors(claims, tensors)
@@ -227,6 +230,8 @@ def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[s
             for entry in entries
             for claim in verbs.build(entry.method, places.exact(model, entry.method.unit, entry.places), entry.where)
         ]
+    except (MethodError, RuntimeError, MemoryError) as error:
+        raise CorruptFile(f"{path} asks for an adapter that cannot be built: {error}") from None
     except NoSuchPlace as error:
         raise WrongModel(f"{path} was made for {_described(base)}, another model: {error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 from veneer.errors import VeneerError
@@ -11,6 +12,7 @@ def main() -> None:
     """Run the `veneer` command; a user's mistake is one sentence on standard error and exit code 2."""
     from veneer.cli.commands import app
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it tells of a kernel hub nobody asked for
     try:
         app()
     except VeneerError as error:

@@ -83,9 +83,7 @@ def _adapter(path: Path) -> dict[str, Any]:
         "tensors": len(tensors),
         "file": recipe.tensors.file,
         "read by Hugging Face PEFT": recipe.tensors.file == store.PEFT_TENSORS,
-        "methods": {
-            f"{claim.method} where='{claim.where}'": f"{len(claim.places)} places" for claim in recipe.claims
-        },
+        "methods": {f"{claim.method} where='{claim.where}'": f"{len(claim.places)} places" for claim in recipe.claims},
         "also trained whole": recipe.also_train,
     }
 

@@ -32,12 +32,13 @@ _KNOWN = {
 class Format(ABC):
     """One way to store the weight of one kind of module. Formats hold no state."""
 
-    functional: bool = False
-    """The module's forward reads its weights without calling the modules that own them."""
-
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""
         yield "", "weight"
+
+    def functional(self, module: nn.Module) -> bool:
+        """Whether the module's forward does more with its weights than the map, so that they must change where read."""
+        return False
 
     @abstractmethod
     def map(self, module: nn.Module) -> LinearMap:

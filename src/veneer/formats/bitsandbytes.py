@@ -16,6 +16,9 @@ class _Quantized(Linear):
         assert isinstance(owner, nn.Linear)
         return owner.out_features, owner.in_features
 
+    def functional(self, module: nn.Module) -> bool:
+        return False
+
     def map(self, module: nn.Module) -> layers.LinearMap:
         return layers.Matrix()
 

@@ -31,6 +31,9 @@ class Parameter(Format):
 class Linear(Parameter):
     """nn.Linear and its subclasses: weight [out, in]."""
 
+    def functional(self, module: nn.Module) -> bool:
+        return type(module).forward is not nn.Linear.forward
+
     def map(self, module: nn.Module) -> layers.LinearMap:
         return layers.Matrix()
 
@@ -72,6 +75,9 @@ class Embedding(_Transposed):
 
 class Convolution(Parameter):
     """nn.Conv1d, Conv2d and Conv3d: weight [out, in, *kernel]."""
+
+    def functional(self, module: nn.Module) -> bool:
+        return type(module).forward not in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
 
     def map(self, module: nn.Module) -> layers.LinearMap:
         assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -62,6 +62,9 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     modules = _adapted(keys)
     _refuse_incomplete(model, config, modules, file)
     lora = _with_patterns(lora, patterns, modules, file)
+    for name in _names(config, "modules_to_save", file):
+        if not any(re.fullmatch(rf"(.*\.)?{re.escape(name)}\..*", _whole_path(key)) for key in keys):
+            raise CorruptFile(f"{file} says that {name} was trained whole, but its tensors are missing.")
     entries = [Entry(lora, "target_modules", [(path, None) for path in _paths(model, modules)])]
     whole = sorted(_whole_path(key) for key in keys if ".lora_" not in key)
     if whole:
@@ -99,19 +102,35 @@ def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[st
     """A module that the config names and the model has must have tensors: a file may have lost some."""
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return
-    targets = config.get("target_modules") or []
+    targets = config.get("target_modules")
     if targets == "all-linear":
         return
     if isinstance(targets, str):
-        match = re.compile(targets).fullmatch
+        match = _regex(targets, "target_modules", file).fullmatch
         named = {path for path in places.weights(model) if match(path)}
     else:
-        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in targets)}
-    saved = [str(name) for name in config.get("modules_to_save") or []]
+        ends = _names(config, "target_modules", file)
+        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in ends)}
+    saved = _names(config, "modules_to_save", file)
     named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
     lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
     if lost:
         raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
+
+
+def _names(config: dict[str, Any], field: str, file: str) -> list[str]:
+    """A list of module names, or none at all."""
+    names = config.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorruptFile(f"{file}: {field} is {names!r}, not a list of module names.")
+    return names
+
+
+def _regex(text: str, field: str, file: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise CorruptFile(f"{file}: {field} holds {text!r}, no regular expression: {error}.") from None
 
 
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
@@ -120,7 +139,7 @@ def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set
         name: {
             f"re:(.*\\.)?({key})": value
             for key, value in table.items()
-            if any(re.match(rf"(.*\.)?({key})$", path) for path in modules)
+            if any(_regex(rf"(.*\.)?({key})$", name, file).match(path) for path in modules)
         }
         for name, table in patterns.items()
     }

@@ -16,6 +16,7 @@ from veneer.lowrank import Beside, Inside
 from veneer.methods.full import FullFineTuning
 
 Rank = Annotated[int, Field(ge=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class LoRA(Method):
     """
 
     rank: Rank = 8
-    alpha: float = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    alpha: Finite = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     use_rslora: bool = False
     init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)
     unit: ClassVar[Unit] = "weight"
 
     def build(self, place: Place) -> Delta:

@@ -1,8 +1,11 @@
 """Examples of different lengths as one batch, padded on the left.
 
 On the left, because then every answer ends in the last column: the head, which for a small model with a large
-vocabulary is a third of the work and most of the memory, need only run on the last few columns
-(`logits_to_keep`), and a batch for training looks like a batch for generation.
+vocabulary is a third of the work and most of the memory, need only run on the last few columns (`logits_to_keep`),
+and a batch for training looks like a batch for generation.
+
+The columns are always given as indices. A number makes a strided slice of the hidden states, and torch multiplies that
+with a frozen head as one copy of the head a row: 2.6 GB for 50 rows of SmolLM2, where an index copies 60 kB.
 """
 
 from __future__ import annotations
@@ -32,23 +35,26 @@ class Collator:
         return cls(padding_id(tokenizer), frozenset(inspect.signature(model.forward).parameters))
 
     def __call__(self, rows: Sequence[Encoded]) -> dict[str, Any]:
-        """`labels` covers the last columns only where the model can keep its logits to these."""
+        """A batch to learn from. `labels` covers the last columns only, where the model can keep its logits to them."""
+        ids, mask = self._padded([row["input_ids"] for row in rows])
         labels = pad_left([row["labels"] for row in rows], IGNORED)
-        batch = self.prompts([row["input_ids"] for row in rows])
-        if "logits_to_keep" in self.accepted:
-            first = int((labels != IGNORED).any(dim=0).nonzero()[0])
-            kept = torch.arange(first - 1, labels.shape[1])  # the token before the answer predicts its first one
-            labels = labels[:, first - 1 :].contiguous()
-            batch["logits_to_keep"] = (
-                kept  # as indices: a number makes a strided slice, and the head three times slower
-            )
-        return batch | {"labels": labels}
-
-    def prompts(self, rows: Sequence[list[int]]) -> dict[str, Any]:
-        """Token ids alone, with the mask and the positions that padding calls for."""
-        mask = pad_left([[1] * len(row) for row in rows], 0)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        batch = {"input_ids": pad_left(rows, self.padding), "attention_mask": mask, "position_ids": positions}
+        first = max(0, int((labels != IGNORED).any(dim=0).nonzero()[0]) - 1)  # what predicts the first answer token
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        if "logits_to_keep" in self.accepted:
+            batch["logits_to_keep"] = torch.arange(first, labels.shape[1])
+            labels = labels[:, first:].contiguous()
+        return self._accepted(batch) | {"labels": labels}
+
+    def questions(self, rows: Sequence[list[int]]) -> dict[str, Any]:
+        """A batch to be answered by `generate`, which needs the logits of the last column only."""
+        ids, mask = self._padded(rows)
+        return self._accepted({"input_ids": ids, "attention_mask": mask, "logits_to_keep": torch.tensor([-1])})
+
+    def _padded(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        return pad_left(rows, self.padding), pad_left([[1] * len(row) for row in rows], 0)
+
+    def _accepted(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in batch.items() if name in self.accepted}
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.samples.packages import demo_extra
 from veneer.samples.quiet import quiet
-from veneer.train.batch import Collator, by_length, padding_id
+from veneer.train.batch import Collator, by_length
 from veneer.train.encoding import IGNORED, Encoded
 
 
@@ -45,10 +45,10 @@ def write(
     batch_size: int = 32,
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the order of the prompts."""
-    collator = Collator(padding_id(tokenizer), frozenset({"input_ids", "attention_mask"}))
+    collator = Collator.of(model, tokenizer)
     answers = [""] * len(prompts)
     for group in by_length([len(prompt) for prompt in prompts], batch_size):
-        batch = on_device(model, collator.prompts([prompts[row] for row in group]))
+        batch = on_device(model, collator.questions([prompts[row] for row in group]))
         with evaluating(model), quiet():
             ids = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=collator.padding)
         texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

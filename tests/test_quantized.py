@@ -1,0 +1,275 @@
+"""Law 15: an adapter on a quantized base computes what it computes on the dense weights that the base stands for."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from ports import InputScale, KeySlots
+from tiny import IDS, TOKENS, logits, perturb, text
+from torch import nn
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import veneer
+from veneer import formats
+from veneer.errors import MethodError, NotMergeable
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # bitsandbytes says at import which kernels it does without on a CPU
+    import bitsandbytes as bnb
+
+WIDTH, INNER = 64, 128
+KINDS = ["nf4", "nf4-double", "fp4", "int8"]
+FOUR_BIT = KINDS[:3]
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+"""Float32: the quantized product may be summed in another order than the dense one."""
+METHODS = {
+    "LoRA": veneer.LoRA(rank=4),
+    "LoRA-rs": veneer.LoRA(rank=3, use_rslora=True, rank_pattern={"q_proj": 2}),
+    "Before": InputScale(),
+    "KeyValue": KeySlots(),
+}
+# bitsandbytes computes 8-bit products in float16 and says so at every call on float32 activations
+eight_bit = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+
+
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **TOKENS)).eval()
+
+
+def quantize(linear: nn.Linear, kind: str) -> nn.Linear:
+    """A linear as transformers' BitsAndBytesConfig makes it."""
+    size = linear.in_features, linear.out_features
+    if kind == "int8":
+        new = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=6.0)
+        new.weight = bnb.nn.Int8Params(linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False)
+        return new.to("cpu")
+    name, _, double = kind.partition("-")
+    new = bnb.nn.Linear4bit(*size, bias=False, quant_type=name, compress_statistics=bool(double))
+    new.weight = bnb.nn.Params4bit(
+        linear.weight.data.clone(), requires_grad=False, quant_type=name, compress_statistics=bool(double), module=new
+    )
+    new.support_avx512bf16_for_cpu = False  # else it repacks the weight in the first forward, for inference alone
+    return new.to("cpu")
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The blocks' linears; the head stays dense, as transformers leaves it."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in path and ".adapters" not in path
+    }
+
+
+def quantized(kind: str) -> nn.Module:
+    model = dense()
+    for path, module in linears(model).items():
+        model.set_submodule(path, quantize(module, kind))
+    return model
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """The dense model whose weights are those that the quantized one stands for."""
+    other = dense()
+    for (path, module), stored in zip(linears(other).items(), linears(model).values(), strict=True):
+        weight = formats.of(stored).read(stored, "weight")
+        assert weight.shape == module.weight.shape, path
+        module.weight.data = weight.to(torch.float32)
+    return other
+
+
+def stored(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert list(one) == list(other)
+    for key, tensor in one.items():
+        assert torch.equal(tensor, other[key]), key
+
+
+def backward(model: nn.Module) -> torch.Tensor:
+    answer = logits(model, text())
+    answer.pow(2).mean().backward()
+    return answer.detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_read_in_their_own_shape(kind):
+    original = linears(dense())
+    for path, module in linears(quantized(kind)).items():
+        form, weight = formats.of(module), original[path].weight.detach()
+        read = form.read(module, "weight")
+        assert form.shape(module, "weight") == tuple(weight.shape) == tuple(read.shape)
+        assert form.count(module, "weight") == weight.numel()
+        error = (read.float() - weight).abs().max() / weight.abs().max()
+        assert 0 < error < (0.01 if kind == "int8" else 0.25), path
+
+
+@eight_bit
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitsandbytes_reads_the_same_weights(kind):
+    """The layer's own answer to the unit vectors is its weight."""
+    module = linears(quantized(kind))["model.layers.0.mlp.down_proj"]
+    before = formats.of(module).read(module, "weight").float()
+    with torch.no_grad():
+        answer = module(torch.eye(INNER)).T
+    read = formats.of(module).read(module, "weight").float()
+    assert torch.equal(read, before), "the first forward moved what the weight is read from"
+    # int8 rounds the activations too, and rounds its answer to float16
+    torch.testing.assert_close(answer.float(), read, rtol=0, atol=1e-3 if kind == "int8" else 1e-7)
+
+
+@pytest.mark.parametrize("where", ["attention.q | attention.v", "attention.o | mlp", "block", "embedding | head"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_roles_are_those_of_the_dense_model(kind, where):
+    """QLoRA's usual call: roles on a model that was loaded quantized."""
+    found = [
+        [claim.place.path for claim in veneer.attach(model, veneer.LoRA(), where).claims]
+        for model in (quantized(kind), dense())
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("kind", FOUR_BIT)
+def test_a_quantized_base_equals_its_dense_twin(kind, method):
+    model = quantized(kind)
+    other = twin(model)
+    with torch.no_grad():
+        base = logits(model, text())
+    adapters = []
+    for one in (model, other):
+        torch.manual_seed(1)
+        adapters.append(veneer.attach(one, method))
+        perturb(adapters[-1], 0.1)
+    same_tensors(adapters[0].state_dict(), adapters[1].state_dict())
+    answer = backward(model)
+    torch.testing.assert_close(answer, backward(other), **CLOSE)
+    assert (answer - base).abs().max() > 1e-3, "the adapter changes nothing"
+    for (key, mine), its in zip(adapters[0].named_parameters(), adapters[1].parameters(), strict=True):
+        assert mine.grad.abs().max() > 0, key
+        close = {"rtol": 1e-4, "atol": 1e-4 * its.grad.abs().max().item()}
+        torch.testing.assert_close(mine.grad, its.grad, **close, msg=lambda words, key=key: f"{key}: {words}")
+    assert all(parameter.grad is None for parameter in linears(model)["model.layers.0.mlp.up_proj"].parameters(False))
+
+
+def test_a_model_that_transformers_quantized(tmp_path):
+    """What `from_pretrained` with a BitsAndBytesConfig gives is what these tests make by hand."""
+    dense().save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, device_map="cpu", dtype=torch.float32
+    ).eval()
+    for module in linears(model).values():
+        assert type(module) is bnb.nn.Linear4bit
+        module.support_avx512bf16_for_cpu = False
+    other = twin(model)
+    for one in (model, other):
+        torch.manual_seed(1)
+        perturb(veneer.attach(one, veneer.LoRA(rank=4)), 0.1)
+    assert veneer.count_parameters(model) == veneer.count_parameters(other)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, text()), logits(other, text()), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_elements_are_counted_and_not_bytes(kind):
+    model = quantized(kind)
+    assert veneer.count_parameters(model).total == sum(p.numel() for p in dense().parameters())
+    plain, adapter = dense(), veneer.attach(model, veneer.LoRA(rank=4))
+    veneer.attach(plain, veneer.LoRA(rank=4))
+    assert veneer.count_parameters(model) == veneer.count_parameters(plain)
+    assert veneer.count_parameters(model).trainable == sum(p.numel() for p in adapter.parameters())
+
+
+@eight_bit
+@pytest.mark.parametrize("permanent", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_is_refused_and_nothing_is_touched(kind, permanent):
+    """The first layer it comes to is dense and could be merged: it must come out as it was."""
+    model = quantized(kind)
+    model.model.layers[0].self_attn.q_proj = dense().model.layers[0].self_attn.q_proj
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    perturb(adapter)
+    with torch.no_grad():
+        answer = logits(model, text())
+    before = stored(model)
+    with pytest.raises(NotMergeable, match=r"model\.layers\.0\.self_attn\.k_proj.*quantized"):
+        veneer.merge(model, adapter, permanent=permanent)
+    same_tensors(stored(model), before)
+    assert adapter.attached
+    assert veneer.adapters(model) == {"default": adapter}
+    assert "merged" not in adapter.summary()
+    with torch.no_grad():
+        assert torch.equal(logits(model, text()), answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_a_quantized_weight_whole_is_refused(kind):
+    model = quantized(kind)
+    before = stored(model)
+    with pytest.raises(MethodError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        veneer.attach(model, veneer.FullFineTuning(), where="layers.1.mlp.up_proj")
+    assert not veneer.adapters(model)
+    same_tensors(stored(model), before)
+    veneer.attach(model, veneer.FullFineTuning(), where="lm_head")  # a dense weight of the same model can be
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("direction", ["from quantized to dense", "from dense to quantized"])
+def test_one_file_serves_both_bases(kind, direction, tmp_path):
+    models = [quantized(kind), dense()]
+    here, there = models if direction.startswith("from quantized") else models[::-1]
+    adapter = veneer.attach(here, veneer.LoRA(rank=4))
+    perturb(adapter)
+    veneer.save(adapter, tmp_path / "here")
+    loaded = veneer.load(there, tmp_path / "here")
+    same_tensors(loaded.state_dict(), adapter.state_dict())
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.state_dict().values())
+    veneer.save(loaded, tmp_path / "there")
+    for file in ("adapter_model.safetensors", "adapter_config.json", "veneer.json"):
+        assert (tmp_path / "here" / file).read_bytes() == (tmp_path / "there" / file).read_bytes(), file
+
+
+@eight_bit
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora_trains(kind):
+    model = quantized(kind)
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    before = stored(model)
+    optimizer = torch.optim.Adam(adapter.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(6):
+        loss = model(**text(), labels=IDS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.2, losses
+    after, mine = stored(model), {f".adapters.{adapter.name}."}
+    for key, tensor in after.items():
+        assert torch.equal(tensor, before[key]) is not any(part in key for part in mine), key
+    veneer.detach(model, adapter)
+    same_tensors(stored(model), {key: t for key, t in before.items() if ".adapters." not in key})
+
+
+@eight_bit
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_keep_the_adapter(kind):
+    model = quantized(kind)
+    perturb(veneer.attach(model, veneer.LoRA(rank=4)))
+    other = copy.deepcopy(model)
+    for module in linears(other).values():
+        module.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        adapted = logits(model, text())
+        assert torch.equal(logits(other, text()), adapted)
+        veneer.detach(other, "default")
+        assert not torch.equal(logits(other, text()), adapted)
+        assert torch.equal(logits(model, text()), adapted)
