@@ -55,7 +55,10 @@ def _fold(adapter: Adapter) -> None:
                 kept.add(place.key)
                 adapter.originals.append((place.owner, place.parameter, place.weight.detach().clone()))
             dense = place.read()
-            place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
+            try:
+                place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
+            except NotMergeable as error:
+                raise NotMergeable(f"{place.path}: {error}") from None
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise

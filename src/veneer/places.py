@@ -145,7 +145,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     named = dict(modules(model))
     found: dict[str, Place] = {}
     for sublayer in anatomy.read(model).sublayers:
-        if sublayer.registered and sublayer.module not in found:
+        if sublayer.registered and sublayer.roles["k"] and sublayer.module not in found:
             key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
             reader = named[sublayer.module]
             found[sublayer.module] = dataclasses.replace(

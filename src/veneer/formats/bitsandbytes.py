@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from veneer import layers
@@ -50,6 +52,8 @@ class Linear8bitLt(_Quantized):
     """LLM.int8() weights: one byte an element and a scale a row."""
 
     def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        weight = owner._parameters[parameter]
-        scale: Tensor = weight.SCB  # type: ignore[union-attr]
-        return weight.data.float() * (scale.float() / 127).unsqueeze(1)  # type: ignore[union-attr]
+        weight: Any = owner._parameters[parameter]
+        state: Any = owner.state  # takes over the scales at the first forward
+        scale: Tensor = state.SCB if weight.SCB is None else weight.SCB
+        dense: Tensor = weight.data.float() * (scale.float() / 127).unsqueeze(1)
+        return dense

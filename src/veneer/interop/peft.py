@@ -82,7 +82,12 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
     """`adapter_config.json` for an adapter that `to_tensors` accepts."""
     groups = _groups(adapter.claims)
     rslora = all(isinstance(c.method, LoRA) and c.method.use_rslora for group in groups.values() for c in group)
-    sizes = {_module(path): _size(group, rslora) for path, group in groups.items()}
+    sizes: dict[str, tuple[int, float]] = {}
+    for group in groups.values():
+        path = _attention(group[0].place) or group[0].place.owner_path
+        size = _size(group, rslora)
+        if sizes.setdefault(path, size) != size:
+            raise NotInPEFT(f"PEFT adapts in_proj_weight and out_proj of {path} with one rank and one alpha")
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     lora = next(claim.method for group in groups.values() for claim in group)
     assert isinstance(lora, LoRA)
@@ -170,11 +175,6 @@ def _peft_factor(place: Place) -> float:
 
 def _is_conv1d(place: Place) -> bool:
     return type(place.owner).__name__ == "Conv1D"
-
-
-def _module(path: str) -> str:
-    """The module PEFT wraps: nn.MultiheadAttention as a whole, out_proj below it."""
-    return path.partition(":")[0]
 
 
 def _attention(place: Place) -> str:

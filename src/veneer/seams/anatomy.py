@@ -12,13 +12,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer import formats
 from veneer.delta import Span
 from veneer.errors import UnreadableModel
 from veneer.seams import probe
@@ -107,7 +112,7 @@ def _trace(model: nn.Module) -> Graph:
         tracer = Tracer(
             model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
         )
-        with torch.no_grad(), observed_attention(tracer.attention), tracer:
+        with torch.no_grad(), _unpacked(model), observed_attention(tracer.attention), tracer:
             torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
     except Exception as error:
         raise UnreadableModel(
@@ -118,7 +123,41 @@ def _trace(model: nn.Module) -> Graph:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Parameters and buffers; a packed weight in the shape it stands for."""
+    packed = {
+        f"{path}.weight": nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
+        for path, _, shape in _packed_modules(model)
+    }
+    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **packed}
+
+
+def _packed_modules(model: nn.Module) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
+    """The quantized linears: path, module and logical shape of its weight."""
+    found = []
+    for path, module in model.named_modules():
+        form, weight = formats.of(module), module._parameters.get("weight")
+        if form is not None and weight is not None:
+            shape = form.shape(module, "weight")
+            if not weight.is_floating_point() or weight.numel() != math.prod(shape):
+                found.append((path, module, shape))
+    return found
+
+
+@contextmanager
+def _unpacked(model: nn.Module) -> Iterator[None]:
+    """Within, quantized linears multiply by a plain weight: their own kernels cannot run without numbers."""
+    linears = [module for _, module, _ in _packed_modules(model)]
+    for module in linears:
+        module.__dict__["forward"] = functools.partial(_multiply, module)
+    try:
+        yield
+    finally:
+        for module in linears:
+            del module.__dict__["forward"]
+
+
+def _multiply(module: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, module.weight)
 
 
 def _meta(tensor: Tensor) -> Tensor:
