@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer import errors, places
+from veneer.seams import anatomy
 
 LORA = veneer.LoRA(rank=2)
 ALBERT = "albert.encoder.albert_layer_groups.0.albert_layers.0"
@@ -467,3 +468,16 @@ def test_attach_on_meta_loads_nothing():
     assert count.trainable == 16 * 8 * (8192 + 8192 + 8192 + 1024)
     veneer.detach(model, adapter)
     assert all(t.is_meta for t in model.state_dict().values())
+
+
+def test_roles_are_read_off_the_base_alone():
+    """The first adapter acts while the second one's roles are read; its A and B are no part of the anatomy."""
+    model = FAMILIES["llama"].model()
+    veneer.attach(model, LORA, "q_proj", name="first")
+    second = veneer.attach(model, LORA, "attention.q | mlp.down", name="second")
+    expected = blocks(f"{LLAMA}self_attn.q_proj", f"{LLAMA}mlp.down_proj")
+    assert sorted(claim.place.path for claim in second.claims) == sorted(expected)
+    parts = [part.parameter for role in ("attention", "mlp") for _, part in anatomy.read(model).parts(role)]
+    assert parts
+    assert not [path for path in parts if "adapters" in path]
+    assert model._veneer.routes.active == ("second",)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import formats
+from veneer import formats, site
 from veneer.delta import Span
 from veneer.errors import UnreadableModel
 from veneer.seams import probe
@@ -112,7 +112,7 @@ def _trace(model: nn.Module) -> Graph:
         tracer = Tracer(
             model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
         )
-        with torch.no_grad(), _unpacked(model), observed_attention(tracer.attention), tracer:
+        with torch.no_grad(), _at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
             torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
     except Exception as error:
         raise UnreadableModel(
@@ -154,6 +154,18 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for module in linears:
             del module.__dict__["forward"]
+
+
+@contextmanager
+def _at_rest(model: nn.Module) -> Iterator[None]:
+    """Within, the base runs alone: what an adapter adds is no part of the model's anatomy."""
+    routes = next((here.routes for _, here in site.sites(model)), site.Routes())
+    before = routes.active, routes.rows
+    routes.active, routes.rows = (), None
+    try:
+        yield
+    finally:
+        routes.active, routes.rows = before
 
 
 def _multiply(module: Any, x: Tensor) -> Tensor:
