@@ -63,7 +63,7 @@ def use(model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = No
 
     `rows` mixes adapters in one batch, one entry a row: `rows=["french", ("french", "law"), None]`. `generate` may
     expand rows for beams and returned sequences; the batch must be the first dimension inside the model. For training
-    use `activate`: a `use` that closes before `backward` would let gradient checkpointing recompute with other adapters.
+    call `activate`: a `use` closed before `backward` would let gradient checkpointing recompute with other adapters.
     """
     routes = state_of(model).routes
     before = routes.active, routes.rows
