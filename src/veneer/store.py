@@ -169,7 +169,11 @@ def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     entries = peft_config.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
     base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
     claims = _claims(model, entries, path, base)
-    _compare(peft.to_tensors(claims), tensors, path / PEFT_TENSORS, base)
+    try:
+        expected = peft.to_tensors(claims)
+    except peft.NotInPEFT as error:
+        raise CorruptFile(f"{path / PEFT_TENSORS}: some tensors are missing: {error}.") from None
+    _compare(expected, tensors, path / PEFT_TENSORS, base)
     peft.from_tensors(claims, tensors)
     return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
 
