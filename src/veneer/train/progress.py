@@ -52,6 +52,7 @@ class Watch(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
+            auto_refresh=False,  # drawn at each step; a drawing thread beside it took the time of the training
         )
         self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0)
         self.started = 0.0
@@ -88,7 +89,7 @@ class Watch(TrainerCallback):
     def _show(self, step: int, steps: int, loss: float) -> None:
         history = self.history
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, loss=loss, speed=history.tokens_per_second)
+            self.bar.update(self.task, completed=step, loss=loss, speed=history.tokens_per_second, refresh=True)
         elif step % max(1, steps // LINES) == 0 or step == steps:
             left = history.seconds / step * (steps - step)
             self.console.print(
