@@ -52,7 +52,7 @@ class Watch(TrainerCallback):
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
-            auto_refresh=False,  # drawn at each step; a drawing thread beside it took the time of the training
+            auto_refresh=False,  # drawn at each step, which needs no thread of its own
         )
         self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0)
         self.started = 0.0
