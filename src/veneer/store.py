@@ -146,10 +146,10 @@ def _located(folder: str | Path, revision: str | None) -> Path:
 
 def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
     recipe = read_recipe(path)
+    tensors = files.read_tensors(path / recipe.tensors.file)  # a damaged file is named as such before its checksum
     _check_sum(path, recipe)
     entries = [_entry(claim, path) for claim in recipe.claims]
     claims = _claims(model, entries, path, recipe.base)
-    tensors = files.read_tensors(path / recipe.tensors.file)
     in_peft = recipe.tensors.file == PEFT_TENSORS
     try:
         expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
@@ -202,8 +202,6 @@ def read_recipe(path: Path) -> Recipe:
 
 def _check_sum(path: Path, recipe: Recipe) -> None:
     file = path / recipe.tensors.file
-    tensors = files.read_tensors(file)  # a damaged file is named as such first
-    del tensors
     if files.digest(file.read_bytes()) != recipe.tensors.sha256:
         raise CorruptFile(
             f"{file} is not the file that {RECIPE} describes: it was changed, or a save was interrupted. Save again, "
