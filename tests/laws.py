@@ -25,6 +25,7 @@ class Case:
 
     family: Family
     method: veneer.Method
+    where: str | None = None
     identity: bool = True
 
     def __post_init__(self) -> None:
@@ -34,7 +35,7 @@ class Case:
         self.keys = list(self.model.state_dict())
 
     def attach(self, name: str = "default", changed: bool = True) -> veneer.Adapter:
-        adapter = veneer.attach(self.model, self.method, name=name)
+        adapter = veneer.attach(self.model, self.method, self.where, name=name)
         if changed:
             perturb(adapter)
         return adapter
@@ -232,7 +233,7 @@ def meta_counts_the_same(case: Case) -> None:
     real = case.attach()
     ghost = case.family.model().to("meta")
     ghost.tie_weights()
-    planned = veneer.attach(ghost, case.method)
+    planned = veneer.attach(ghost, case.method, case.where)
     assert {k: p.shape for k, p in planned.named_parameters()} == {k: p.shape for k, p in real.named_parameters()}
     assert all(p.is_meta for p in planned.parameters())
     assert veneer.count_parameters(ghost) == veneer.count_parameters(case.model)

@@ -73,7 +73,7 @@ def claim(
 def _below(model: nn.Module, module: str) -> str:
     """A `where` for everything below the modules of this name; NoSuchPlace where there is none with parameters."""
     pattern = rf"(.*\.)?{re.escape(module)}"
-    paths = [path for path, _ in places.modules(model)]
+    paths = [path for path, _ in site.base_modules(model)]
     if not any(re.fullmatch(pattern, path) for path in paths):
         near = closest(module, paths)
         raise NoSuchPlace(f"No module of {type(model).__name__} matches '{module}' in also_train.{near}")
@@ -83,7 +83,11 @@ def _below(model: nn.Module, module: str) -> str:
 def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None) -> list[Claim]:
     """One method's deltas at these places, in the adapter's dtype; errors name the place."""
     claims = []
+    shared = method.share(found)
+    if shared is not None and dtype is not None:
+        shared.to(dtype)
     for place in found:
+        place = dataclasses.replace(place, shared=shared)
         try:
             mapped = (
                 dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
@@ -91,7 +95,11 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
             delta = method.build(mapped)
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
-        claims.append(Claim(where, method, place, delta if dtype is None else delta.to(dtype)))
+        if dtype is not None:
+            delta.to(dtype)
+        for name, parameter in delta.named_parameters():
+            parameter.requires_grad_(delta.trains(name))
+        claims.append(Claim(where, method, place, delta))
     return claims
 
 
@@ -169,10 +177,11 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
     vars(model)[STATE] = state
+    adapter = Adapter(name, model, claims, also_train)
     for one in claims:
         for place in (one.place, *one.place.tied):
             site.add(place, name, one.delta, state.routes)
-    adapter = Adapter(name, model, claims, also_train)
+    site.share(model, name, adapter.shared, state.routes)
     state.adapters[name] = adapter
     state.routes.order.append(name)
     activate(model, *state.routes.merged, name)
@@ -186,6 +195,7 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     for one in adapter.claims:
         for place in (one.place, *one.place.tied):
             site.remove(place.reader, adapter.name)
+    site.remove(model, adapter.name)
     routes = state.routes
     routes.order.remove(adapter.name)
     routes.active = tuple(name for name in routes.active if name != adapter.name)

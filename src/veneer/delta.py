@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -36,9 +36,18 @@ if TYPE_CHECKING:
     from veneer.formats import Format
     from veneer.layers import LinearMap
 
-Unit = Literal["weight", "parameter", "attention", "input"]
+Unit = Literal["weight", "parameter", "attention", "sublayer", "input"]
 Span = tuple[int, int]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an activation passes by: argument `key` (a position or a name) of a module's forward."""
+
+    path: str
+    module: nn.Module
+    key: int | str
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,11 @@ class Place:
     `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
     `tied` are the other places that read the very same parameter and get the very same delta.
 
-    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys.
+    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys;
+    of a sublayer (its width,). `layer` is the number of the block it lies in, -1 outside the blocks.
+
+    A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
+    where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
     """
 
     path: str
@@ -61,10 +74,15 @@ class Place:
     parameter: str
     format: Format
     shape: tuple[int, ...]
+    unit: Unit = "weight"
     map: LinearMap | None = None
     functional: bool = False
     spans: tuple[Span, ...] | None = None
     tied: tuple[Place, ...] = ()
+    layer: int = -1
+    item: int | str | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    shared: nn.Module | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -75,8 +93,15 @@ class Place:
 
     @property
     def key(self) -> tuple[int, str]:
-        """What two places share when they mean the same parameter."""
+        """What two places share when they mean the same thing."""
+        if self.unit in ("attention", "sublayer"):
+            return id(self.reader), self.unit
         return id(self.owner), self.parameter
+
+    @property
+    def new(self) -> dict[str, Any]:
+        """`dtype` and `device` for the tensors of a delta here."""
+        return {"dtype": compute_dtype(self.weight.dtype), "device": self.weight.device}
 
     @property
     def bias(self) -> str:
@@ -103,12 +128,32 @@ class Place:
         dense = self.format.read(self.owner, self.parameter)
         return dense if self.spans is None else dense[row_index(self.spans, dense.device)]
 
+    def product(self) -> Product:
+        """What multiplies activations by the base weight at every call, however the weight is stored."""
+        return Product(self)
+
     def write(self, weight: Tensor) -> None:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
             dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
             weight = dense.index_copy(0, row_index(self.spans, dense.device), weight)
         self.format.write(self.owner, self.parameter, weight)
+
+
+class Product:
+    """x -> x·Wᵀ with a place's stored weight (its rows), without its bias; holds the base, owns nothing of it."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.place.format.multiply(self.place.owner, self.place.parameter, x)
+        return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
+
+    def bias(self) -> Tensor | None:
+        """The base's bias beside the weight (its rows), or None."""
+        bias = self.place.owner._parameters.get(self.place.parameter.replace("weight", "bias"))
+        return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
 def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
@@ -124,11 +169,27 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate.
+    `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate. `still` names
+    parameters (or the modules that hold them) that are saved with the adapter and never trained; persistent buffers are
+    saved too. `reads` names the source of the place that `x` is taken from; empty means the module's first argument.
     """
 
     mergeable: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
+    still: ClassVar[frozenset[str]] = frozenset()
+    reads: str = ""
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name is trained."""
+        return not any(name == still or name.startswith(f"{still}.") for still in self.still)
+
+    def borrow(self, **modules: Any) -> None:
+        """Keep modules of others as plain attributes, neither registered nor saved here."""
+        vars(self).update(modules)
+
+    def regularization(self) -> Tensor | None:
+        """A term that training adds to the loss, or None."""
+        return None
 
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
@@ -186,8 +247,8 @@ class Method(ABC):
     """One PEFT method: its options, its checks, and the delta it builds. Subclasses are frozen dataclasses.
 
     `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections),
-    "parameter" (any parameter), "attention" (keys and values) or "input" (input embeddings). `default_where` is where
-    it goes when the user names nothing.
+    "parameter" (any parameter), "attention" (keys and values), "sublayer" (a branch beside the residual stream) or
+    "input" (input embeddings). `default_where` is where it goes when the user names nothing.
     """
 
     unit: ClassVar[Unit] = "weight"
@@ -206,6 +267,13 @@ class Method(ABC):
     @abstractmethod
     def build(self, place: Place) -> Delta:
         """The delta for one place, on the place's device and in `compute_dtype` of its weight."""
+
+    def share(self, places: Sequence[Place]) -> nn.Module | None:
+        """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
+        return None
+
+    def after_step(self, deltas: Sequence[Delta], step: int) -> None:
+        """Called by training after optimizer step number `step`, from 1, with this method's deltas."""
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""

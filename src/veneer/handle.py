@@ -43,6 +43,7 @@ class Adapter:
         self.name = name
         self.model = model
         self.claims = tuple(claims)
+        self.shared = list({id(s): s for claim in claims if (s := claim.place.shared) is not None}.values())
         self.also_train = tuple(also_train)
         self.originals: list[tuple[nn.Module, str, Tensor]] = []
         self.attached = True
@@ -51,27 +52,54 @@ class Adapter:
         methods = dict.fromkeys(type(claim.method).__name__ for claim in self.claims)
         return f"Adapter({self.name!r}: {', '.join(methods)} at {len(self.claims)} places)"
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(key, parameter) of all that this adapter trains; a key is a place's path, a running number and the name."""
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(key, tensor) of all that this adapter is made of and saves, trained or still.
+
+        A key is a place's path, a running number and a name; what places share has `shared` for a path.
+        """
+        for key, delta in self._named_modules():
+            yield from ((f"{key}.{name}", tensor) for name, tensor in delta.state_dict(keep_vars=True).items())
+
+    def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        yield from ((f"shared.{number}", module) for number, module in enumerate(self.shared))
         seen: dict[str, int] = {}
         for claim in self.claims:
             number = seen.setdefault(claim.place.path, 0)
             seen[claim.place.path] += 1
-            for name, parameter in claim.delta.named_parameters():
-                yield f"{claim.place.path}.{number}.{name}", parameter
+            yield f"{claim.place.path}.{number}", claim.delta
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key, parameter) of all that this adapter trains."""
+        for key, module in self._named_modules():
+            for name, parameter in module.named_parameters():
+                if not isinstance(module, Delta) or module.trains(name):
+                    yield f"{key}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All that this adapter trains; give it to an optimizer."""
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The trained tensors by key, sharing memory with the parameters."""
-        return {key: parameter.detach() for key, parameter in self.named_parameters()}
+        """What this adapter is made of, trained or still, by key; shares memory with it."""
+        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+
+    def regularization(self) -> Tensor | None:
+        """The sum of the terms that its deltas add to the loss; None where there is none."""
+        terms = [term for claim in self.claims if (term := claim.delta.regularization()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
+    def after_step(self, step: int) -> None:
+        """Tell its methods that optimizer step number `step`, from 1, is done: schedules act here."""
+        groups: dict[int, list[Claim]] = {}
+        for claim in self.claims:
+            groups.setdefault(id(claim.method), []).append(claim)
+        for claims in groups.values():
+            claims[0].method.after_step([claim.delta for claim in claims], step)
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in; AdapterError, before anything is changed, where keys or shapes differ."""
-        own = dict(self.named_parameters())
+        own = dict(self.named_tensors())
         problems = [f"{key} is missing" for key in own.keys() - tensors.keys()]
         problems += [f"{key} is left over" for key in tensors.keys() - own.keys()]
         problems += [
@@ -81,8 +109,8 @@ class Adapter:
         ]
         if problems:
             raise AdapterError(f"The tensors do not fit adapter '{self.name}': {listed(sorted(problems))}.")
-        for key, parameter in own.items():
-            parameter.copy_(tensors[key])
+        for key, tensor in own.items():
+            tensor.copy_(tensors[key])
 
     def parameter_groups(self, lr: float, lora_plus_ratio: float | None = None) -> list[dict[str, Any]]:
         """Groups for an optimizer: one at `lr`, and with `lora_plus_ratio` a second, at `lr` times it, for every B.
@@ -109,7 +137,9 @@ class Adapter:
         for claim in self.claims:
             groups.setdefault((str(claim.method), claim.where), []).append(claim)
         for (method, where), claims in groups.items():
-            count = sum(p.numel() for claim in claims for p in claim.delta.parameters())
+            mine = {id(c.place.shared): c.place.shared for c in claims if c.place.shared is not None}
+            count = sum(p.numel() for c in claims for n, p in c.delta.named_parameters() if c.delta.trains(n))
+            count += sum(p.numel() for shared in mine.values() for p in shared.parameters() if p.requires_grad)
             lines.append(f"  {method} at {len(claims)} places (where='{where}'): {count:,} parameters")
         frozen = sum(not p.requires_grad for p in self.model.parameters())
         lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")

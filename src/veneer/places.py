@@ -14,12 +14,12 @@ A text means only places that the method acts on; naming none of those is an err
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import nn
 
 from veneer import formats, site
-from veneer.delta import Place, Span, Unit
+from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
@@ -62,16 +62,6 @@ def _split(where: str) -> list[str]:
     return [text.strip() for text in where.split(bar)]
 
 
-def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The base's own modules with their paths, each once; adapters are passed over."""
-    inside = ""
-    for path, module in model.named_modules():
-        if isinstance(module, site.Site):
-            inside = f"{path}."
-        elif not (inside and path.startswith(inside)):
-            yield path, module
-
-
 def _join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
@@ -80,7 +70,7 @@ def weights(model: nn.Module) -> dict[str, Place]:
     """Every weight that a method on linear maps can act on, by path."""
     found: dict[str, Place] = {}
     claimed: set[int] = set()
-    for path, module in modules(model):
+    for path, module in site.base_modules(model):
         form = formats.of(module)
         if form is None or id(module) in claimed:
             continue
@@ -106,7 +96,7 @@ def parameters(model: nn.Module) -> dict[str, Place]:
     """Every parameter, by path, with the module that reads it."""
     functional = {place.owner_path: place for place in weights(model).values() if place.functional}
     found: dict[str, Place] = {}
-    for path, module in modules(model):
+    for path, module in site.base_modules(model):
         reader = functional.get(path)
         form = formats.of(module)
         for name, parameter in module.named_parameters(recurse=False):
@@ -135,27 +125,57 @@ def _tables(model: nn.Module) -> tuple[str, ...]:
         return anatomy.read(model).tables
     except UnreadableModel:
         declared = transformers.input_embedding(model)
-        return tuple(path for path, module in modules(model) if module is declared)
+        return tuple(path for path, module in site.base_modules(model) if module is declared)
 
 
 def _attentions(model: nn.Module) -> dict[str, Place]:
     """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
     attention.wrap()
     projections = {place.owner_path: place for place in weights(model).values()}
-    named = dict(modules(model))
+    named = dict(site.base_modules(model))
+    read = anatomy.read(model)
     found: dict[str, Place] = {}
-    for sublayer in anatomy.read(model).sublayers:
+    for sublayer in read.sublayers:
         if sublayer.registered and sublayer.roles["k"] and sublayer.module not in found:
             key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
             reader = named[sublayer.module]
             found[sublayer.module] = dataclasses.replace(
                 key,
+                unit="attention",
                 path=sublayer.module,
                 reader_path=sublayer.module,
                 reader=reader,
                 shape=sublayer.heads,
                 functional=False,
+                layer=read.layer(sublayer),
             )
+    return found
+
+
+def _sublayers(model: nn.Module) -> dict[str, Place]:
+    """The branches beside the residual stream, each where its output passes by; its last weight stands for it."""
+    inventory = parameters(model)
+    named = dict(site.base_modules(model))
+    read = anatomy.read(model)
+    found: dict[str, Place] = {}
+    for sublayer in read.sublayers:
+        last = sublayer.roles.get("o") or sublayer.roles.get("down")
+        if sublayer.ends.output is None or not last:
+            continue
+        path, item = sublayer.ends.output
+        sources = {name: Source(at, named[at], key) for name, (at, key) in sublayer.ends.sources.items()}
+        found[path] = dataclasses.replace(
+            inventory[last[-1].parameter],
+            unit="sublayer",
+            path=path,
+            reader_path=path,
+            reader=named[path],
+            shape=(sublayer.ends.width,),
+            functional=False,
+            item=item,
+            layer=read.layer(sublayer),
+            sources=sources,
+        )
     return found
 
 
@@ -163,6 +183,7 @@ _INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
     "weight": weights,
     "parameter": parameters,
     "attention": _attentions,
+    "sublayer": _sublayers,
     "input": _embeddings,
 }
 
@@ -187,8 +208,11 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
 
 
 def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
+    if unit in ("attention", "sublayer"):
+        kinds = _kinds(model, unit)
+        return [place for path, place in inventory.items() if kinds[path] == role or role == "block"]
     if role in ("linear", "block"):
-        blocks = tuple(f"{path}." for path in block_paths(model))
+        blocks = tuple(f"{path}." for path in anatomy.repeated(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
     if role == "embedding":
         tables = _tables(model)
@@ -196,9 +220,6 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     if role == "head":
         module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
-    if unit == "attention":
-        kinds = {sublayer.module: sublayer.kind for sublayer in anatomy.read(model).sublayers}
-        return [place for path, place in inventory.items() if kinds[path] == role]
     by_parameter = {_join(place.owner_path, place.parameter): place for place in inventory.values()}
     found = []
     for short, part in anatomy.read(model).parts(role):
@@ -208,14 +229,12 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     return found
 
 
-def block_paths(model: nn.Module) -> list[str]:
-    """Paths of the repeated blocks: the items of every ModuleList."""
-    return [
-        _join(path, name)
-        for path, module in modules(model)
-        if isinstance(module, nn.ModuleList)
-        for name, _ in module.named_children()
-    ]
+def _kinds(model: nn.Module, unit: Unit) -> dict[str, str]:
+    """Kind of sublayer by the path of its place."""
+    sublayers = anatomy.read(model).sublayers
+    if unit == "attention":
+        return {sublayer.module: sublayer.kind for sublayer in sublayers}
+    return {sublayer.ends.output[0]: sublayer.kind for sublayer in sublayers if sublayer.ends.output}
 
 
 def _is_matrix(place: Place) -> bool:
@@ -231,7 +250,7 @@ def _why_no_role(model: nn.Module, role: str) -> str:
 
 def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> str:
     match = matcher(text)
-    others = [f"{path} ({type(module).__name__})" for path, module in modules(model) if match(path)]
+    others = [f"{path} ({type(module).__name__})" for path, module in site.base_modules(model) if match(path)]
     if others:
         return (
             f"where='{text}' names {listed(others, 2)} of {type(model).__name__}, on which this method does not act. "

@@ -4,12 +4,16 @@ A module that carries adapters gets one child, `adapters` (a `Site`), and hooks 
 wrapped, renamed or replaced, so its keys, attributes and class stay. The hooks are plain functions: they pickle by name
 and a copied model finds its own site through the module they are called with.
 
+A delta may read an activation that passes by another module (a bottleneck in parallel to a sublayer reads its input): a
+hook there puts it into the binding's `Held`, from which the delta's own hook takes it.
+
 A `Weight` delta is shown to the base by shadowing: for the time of one forward the changed tensor stands in the owner's
 `__dict__`, which Python looks at before the registered parameters; a hook that runs on errors too takes it away again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -18,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Span, Weight, row_index
-from veneer.errors import RoutingError
+from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, Span, Weight, row_index
+from veneer.errors import PlaceError, RoutingError
 
 CHILD = "adapters"
 hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
@@ -41,7 +45,7 @@ class Routes:
     rows: tuple[tuple[str, ...], ...] | None = None
     merged: list[str] = field(default_factory=list)
 
-    def served(self, name: str, batch: Tensor, path: str) -> list[int] | None:
+    def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
         """The rows of a batch that `name` acts on; None means all, [] none.
 
         `generate` repeats each row for its beams and its returned sequences, side by side, and some models fold other
@@ -56,7 +60,7 @@ class Routes:
             return None
         if not any(mine):
             return []
-        size = len(batch)
+        size = 0 if batch is None else len(batch)
         repeats, left = divmod(size, len(self.rows))
         if left or not repeats:
             raise RoutingError(
@@ -64,6 +68,23 @@ class Routes:
                 "batch, in its order."
             )
         return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
+
+
+class Held:
+    """An activation between the module it passed by and the delta that reads it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.value: Tensor | None = None
+
+    def take(self) -> Tensor:
+        """The activation, which is let go of."""
+        value, self.value = self.value, None
+        if value is None:
+            raise PlaceError(
+                f"No activation passed by {self.source.path} before it was read. Attach where code calls that module."
+            )
+        return value
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,8 @@ class Binding:
     owner: str
     parameter: str
     spans: tuple[Span, ...] | None
+    item: int | str | None = None
+    held: Held | None = None
 
 
 class Site(nn.ModuleDict):
@@ -87,7 +110,7 @@ class Site(nn.ModuleDict):
         self.handles: list[RemovableHandle] = []
 
     def deltas(
-        self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor
+        self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None
     ) -> Iterator[tuple[Delta, Binding, Rows]]:
         """The deltas that act now at one port, with the rows they act on (None: all)."""
         for name in self.routes.order:
@@ -115,19 +138,45 @@ def sites(model: nn.Module) -> Iterator[tuple[nn.Module, Site]]:
             yield module, site
 
 
-def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
-    """Stand `delta` of adapter `name` at `place`."""
-    site = of(place.reader)
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The base's own modules with their paths, each once; adapters are passed over."""
+    inside = ""
+    for path, module in model.named_modules():
+        if isinstance(module, Site):
+            inside = f"{path}."
+        elif not (inside and path.startswith(inside)):
+            yield path, module
+
+
+def _made(module: nn.Module, path: str, name: str, routes: Routes) -> Site:
+    """The module's site, with room for adapter `name`."""
+    site = of(module)
     if site is None:
-        site = Site(place.reader_path, routes)
-        place.reader.add_module(CHILD, site.train(place.reader.training))
+        site = Site(path, routes)
+        module.add_module(CHILD, site.train(module.training))
     if name not in site:
         site[name] = nn.ModuleList()
         site.bindings[name] = []
+    return site
+
+
+def share(model: nn.Module, name: str, modules: Sequence[nn.Module], routes: Routes) -> None:
+    """Register what places of adapter `name` share, once, at the root of the model."""
+    for module in modules:
+        site = _made(model, "", name, routes)
+        cast(nn.ModuleList, site[name]).append(module)
+        site.bindings[name].append(Binding("", "", "", None))
+        site[name].train(model.training)
+
+
+def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
+    """Stand `delta` of adapter `name` at `place`."""
+    site = _made(place.reader, place.reader_path, name, routes)
     cast(nn.ModuleList, site[name]).append(delta)
     site[name].train(place.reader.training)
-    owner = next(path for path, module in place.reader.named_modules() if module is place.owner)
-    site.bindings[name].append(Binding(place.path, owner, place.parameter, place.spans))
+    below = (path for path, module in place.reader.named_modules() if module is place.owner)
+    held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
+    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
     _hook(place.reader, site)
 
 
@@ -152,6 +201,14 @@ def _hook(module: nn.Module, site: Site) -> None:
         for port, hook in hooks_by_port.items()
         if any(issubclass(kind, port) for kind in kinds)
     ]
+    site.handles += [
+        binding.held.source.module.register_forward_pre_hook(
+            functools.partial(_hold, held=binding.held), with_kwargs=True, prepend=True
+        )
+        for bindings in site.bindings.values()
+        for binding in bindings
+        if binding.held
+    ]
     if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
@@ -166,6 +223,16 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
 
 
+def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A tensor whose first dimension is the batch: the first that a module was called with, if any."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held) -> None:
+    key = held.source.key
+    held.value = args[key] if isinstance(key, int) else kwargs[key]
+
+
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _first(args, kwargs)
     for delta, _, rows in cast(Site, module.adapters).deltas(Before, x):
@@ -175,14 +242,24 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return (), {**kwargs, next(iter(kwargs)): x}
 
 
-def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-    x = _first(args, kwargs)
-    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), x):
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+        x = binding.held.take() if binding.held else _first(args, kwargs)
+        y = output if binding.item is None else output[binding.item]
         if rows is None:
             y = _columns(delta, x, y, binding.spans)
         else:
             y = _put(y, 0, rows, _columns(delta, _take(x, 0, rows), _take(y, 0, rows), binding.spans))
-    return y
+        output = y if binding.item is None else _replaced(output, binding.item, y)
+    return output
+
+
+def _replaced(output: Any, item: int | str, y: Tensor) -> Any:
+    """A module's output of several things with one of them changed."""
+    if isinstance(item, str):
+        output[item] = y
+        return output
+    return (*output[:item], y, *output[item + 1 :])
 
 
 def _columns(delta: Delta, x: Tensor, y: Tensor, spans: Sequence[Span] | None) -> Tensor:
@@ -203,7 +280,7 @@ def _put(x: Tensor, dim: int, rows: list[int], new: Tensor) -> Tensor:
 
 def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     site = cast(Site, module.adapters)
-    for delta, binding, rows in site.deltas(Weight, _first(args, kwargs)):
+    for delta, binding, rows in site.deltas(Weight, _batch(args, kwargs)):
         if rows is not None:
             raise RoutingError(
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "

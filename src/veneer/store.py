@@ -17,8 +17,8 @@ from veneer import files, methods, places
 from veneer.delta import Method, Place
 from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
 from veneer.handle import Adapter, Claim
-from veneer.interop import peft, peft_config
-from veneer.interop.peft_config import Entry
+from veneer.interop import peft
+from veneer.interop.peft.common import Entry, NotInPEFT, fill
 from veneer.seams import transformers
 
 RECIPE = "veneer.json"
@@ -69,8 +69,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
     try:
-        tensors, config = peft.to_tensors(adapter.claims), peft.to_config(adapter)
-    except peft.NotInPEFT:
+        tensors, config = peft.to_files(adapter)
+    except NotInPEFT:
         tensors, config = adapter.state_dict(), None
     name = OWN_TENSORS if config is None else PEFT_TENSORS
     packed = safetensors.torch.save(
@@ -153,7 +153,7 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
     in_peft = recipe.tensors.file == PEFT_TENSORS
     try:
         expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
-    except peft.NotInPEFT as error:
+    except NotInPEFT as error:
         raise CorruptFile(f"{path / RECIPE} does not belong to {recipe.tensors.file}: {error}.") from None
     _compare(expected, tensors, path / recipe.tensors.file, recipe.base)
     if in_peft:
@@ -165,13 +165,13 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
 
 def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     config = files.read_json(path / PEFT_CONFIG)
-    tensors = peft_config.without_copies(files.read_tensors(path / PEFT_TENSORS))
-    entries = peft_config.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
+    tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS))
+    entries = peft.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
     base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
     claims = _claims(model, entries, path, base)
     try:
         expected = peft.to_tensors(claims)
-    except peft.NotInPEFT as error:
+    except NotInPEFT as error:
         raise CorruptFile(f"{path / PEFT_TENSORS}: some tensors are missing: {error}.") from None
     _compare(expected, tensors, path / PEFT_TENSORS, base)
     peft.from_tensors(claims, tensors)
@@ -243,12 +243,12 @@ def _described(base: dict[str, str]) -> str:
 
 
 def _own_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
-    return dict(Adapter("", nn.Module(), claims).named_parameters())
+    return dict(Adapter("", nn.Module(), claims).named_tensors())
 
 
 def _fill_own(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
-    for key, parameter in Adapter("", nn.Module(), claims).named_parameters():
-        peft.fill(parameter, tensors[key])
+    for key, tensor in Adapter("", nn.Module(), claims).named_tensors():
+        fill(tensor, tensors[key])
 
 
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:

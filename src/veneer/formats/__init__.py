@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.layers import LinearMap
@@ -56,6 +57,10 @@ class Format(ABC):
     @abstractmethod
     def read(self, owner: nn.Module, parameter: str) -> Tensor:
         """The weight as a dense tensor in its logical shape; may share memory with the stored one."""
+
+    def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
+        """x·Wᵀ without the bias, for a weight of two dimensions; gradients flow to x."""
+        return F.linear(x, self.read(owner, parameter).to(x.dtype))
 
     @abstractmethod
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:

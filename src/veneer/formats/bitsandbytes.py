@@ -47,6 +47,13 @@ class Linear4bit(_Quantized):
         dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
         return dense
 
+    def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
+        from bitsandbytes.autograd._functions import matmul_4bit
+
+        weight: Any = owner._parameters[parameter]
+        product: Tensor = matmul_4bit(x, weight.t(), quant_state=weight.quant_state)  # keeps nothing dense
+        return product
+
 
 class Linear8bitLt(_Quantized):
     """LLM.int8() weights: one byte an element and a scale a row."""

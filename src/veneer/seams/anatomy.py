@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from veneer import formats, site
 from veneer.delta import Span
 from veneer.errors import UnreadableModel
-from veneer.seams import probe
+from veneer.seams import ends, probe
+from veneer.seams.ends import Ends
 from veneer.seams.trace import PRODUCTS as MATMULS
 from veneer.seams.trace import Graph, Node, Tracer
 from veneer.seams.transformers import is_pretrained, observed_attention
@@ -67,6 +68,7 @@ class Sublayer:
     heads: tuple[int, ...] = ()
     """Key and value heads, width of a key, width of a value, where it is `registered`."""
     roles: dict[str, list[Part]] = field(default_factory=dict)
+    ends: Ends = field(default_factory=Ends)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,16 @@ class Anatomy:
     sublayers: tuple[Sublayer, ...]
     tables: tuple[str, ...] = ()
     """The embeddings that token ids are looked up in."""
+
+    def layer(self, sublayer: Sublayer) -> int:
+        """The number of the block a sublayer lies in: the innermost that holds sublayers of two kinds."""
+        full = [
+            block
+            for block in sublayer.ends.blocks
+            if len({other.kind for other in self.sublayers if block in other.ends.blocks}) > 1
+        ]
+        last = (full or sublayer.ends.blocks)[-1:]
+        return int(last[0].rpartition(".")[2]) if last else -1
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
         """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty for none."""
@@ -101,7 +113,7 @@ def read(model: nn.Module) -> Anatomy:
             "glob, such as where='*.q_proj'."
         )
     if model not in _CACHE:
-        _CACHE[model] = _sublayers(_trace(model))
+        _CACHE[model] = _sublayers(_trace(model), repeated(model))
     return _CACHE[model]
 
 
@@ -183,11 +195,22 @@ def _caches(model: Any) -> bool:
     return "use_cache" in vars(model.config) or "use_cache" in dir(type(model.config))
 
 
-def _sublayers(graph: Graph) -> Anatomy:
+def repeated(model: nn.Module) -> list[str]:
+    """Paths of the repeated blocks: the items of every ModuleList of the base."""
+    return [
+        f"{path}.{name}".removeprefix(".")
+        for path, module in site.base_modules(model)
+        if isinstance(module, nn.ModuleList)
+        for name, _ in module.named_children()
+    ]
+
+
+def _sublayers(graph: Graph, blocks: list[str]) -> Anatomy:
     found: list[Sublayer] = []
     seen: set[tuple[str, str]] = set()
-    for stream, branch in _residuals(graph):
+    for add, stream, branch in _residuals(graph):
         sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
+        sublayer.ends = ends.find(graph, graph.nodes[add].module, stream, branch, blocks)
         key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
         if key not in seen:
             seen.add(key)
@@ -207,8 +230,8 @@ def _tables(graph: Graph) -> tuple[str, ...]:
     return tuple(tables)
 
 
-def _residuals(graph: Graph) -> list[tuple[int, int]]:
-    """(stream, branch) of each residual add; an add across whole sublayers is none."""
+def _residuals(graph: Graph) -> list[tuple[int, int, int]]:
+    """(add, stream, branch) of each residual add; an add across whole sublayers is none."""
     found: list[tuple[int, int, int]] = []
     base: dict[int, int] = {}
     for node in graph.nodes:
@@ -223,7 +246,7 @@ def _residuals(graph: Graph) -> list[tuple[int, int]]:
                 found += [(node.index, stream, end) for end in _split(graph, stream, branch)]
                 break
     adds = {index for index, _, _ in found}
-    return [(s, b) for _, s, b in found if not adds & {n.index for n in graph.between(s, b)}]
+    return [(a, s, b) for a, s, b in found if not adds & {n.index for n in graph.between(s, b)}]
 
 
 def _split(graph: Graph, stream: int, branch: int) -> list[int]:

@@ -1,8 +1,8 @@
 """One probe forward, recorded as a data-flow graph.
 
-A `TorchFunctionMode` sees every torch call, global module hooks tell which module makes it, and transformers' attention
-interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by meta
-tensors: shapes flow, no weight is needed, nothing is computed.
+A `TorchFunctionMode` sees every torch call, hooks on the modules tell which of them makes it, and transformers'
+attention interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by
+meta tensors: shapes flow, no weight is needed, nothing is computed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
             "multi_head_attention_forward"}  # fmt: skip
@@ -40,11 +40,23 @@ class Node:
     call: Callable[[dict[int, Tensor]], Tensor] | None = None
 
 
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: the nodes it was given, by position or name, and those it returned (None: all there is)."""
+
+    path: str
+    inputs: dict[int | str, int]
+    outputs: dict[int | str | None, int]
+
+
 @dataclass
 class Graph:
     """All nodes in the order of the forward; sets of nodes are integers, bit i for node i."""
 
     nodes: list[Node] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
+    """The class name of each module."""
 
     def reaches(self, start: int, end: int) -> bool:
         """Whether data flows from one node to another."""
@@ -93,9 +105,11 @@ class Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
         super().__init__()
-        self.graph = Graph()
+        self.graph = Graph(kinds={path: type(module).__name__ for path, module in model.named_modules()})
         self.paused = False
         self.stack = [""]
+        self.modules = list(model.modules())
+        self.hooks: list[RemovableHandle] = []
         self.paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
         self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
         self.node_of: dict[int, int] = {}
@@ -104,10 +118,12 @@ class Tracer(TorchFunctionMode):
             self.add(tensor, Node(0, f"input {name}", "", ()))
 
     def __enter__(self) -> Tracer:
-        self.hooks = [
-            register_module_forward_pre_hook(lambda module, args: self.stack.append(self.paths.get(id(module), ""))),
-            register_module_forward_hook(lambda module, args, output: self._leave(), always_call=True),
-        ]
+        for module in self.modules:
+            self.hooks += [
+                module.register_forward_pre_hook(self._entered, prepend=True),
+                module.register_forward_hook(self._called, with_kwargs=True),
+                module.register_forward_hook(self._left, always_call=True),
+            ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -116,8 +132,25 @@ class Tracer(TorchFunctionMode):
         for hook in self.hooks:
             hook.remove()
 
-    def _leave(self) -> None:
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        self.stack.append(self.paths[id(module)])
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
+
+    def _called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.paused:
+            return
+        self.paused = True
+        several = dict(enumerate(output)) if isinstance(output, (tuple, list)) else output
+        outputs = {None: output} if isinstance(output, Tensor) else several if isinstance(several, dict) else {}
+        self.graph.calls.append(
+            Call(self.stack[-1], self._nodes({**dict(enumerate(args)), **kwargs}), self._nodes(outputs))
+        )
+        self.paused = False
+
+    def _nodes(self, values: dict[Any, Any]) -> dict[Any, int]:
+        return {key: self.node(value).index for key, value in values.items() if isinstance(value, Tensor)}
 
     def node(self, tensor: Tensor) -> Node:
         """The node of a tensor; one seen for the first time is an input or a parameter."""

@@ -1,18 +1,16 @@
-"""What a Hugging Face PEFT folder means: from its config and its keys to methods and places."""
+"""What a PEFT folder of a LORA means: from its config and its keys to methods and places."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer import places
-from veneer.delta import Method, Span
 from veneer.errors import CorruptFile, FileError, listed
-from veneer.interop.peft import PREFIX
+from veneer.interop.peft.common import PREFIX, Entry, names, regex
 from veneer.methods import FullFineTuning, LoRA
 
 # Options that only say where the adapter came from, or that the resolved places already contain.
@@ -32,21 +30,8 @@ _HARMLESS = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One method and the exact places it stands at, as a file names them."""
-
-    method: Method
-    where: str
-    places: list[tuple[str, tuple[Span, ...] | None]]
-
-
 def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: str) -> list[Entry]:
-    """The methods and places that PEFT's config and tensor keys mean on this model.
-
-    Raises FileError for options that change what the adapter computes and that Veneer does not have, CorruptFile for
-    fields of the wrong type or modules that the config names but the tensors lack.
-    """
+    """The LoRA, and what was trained whole beside it, that config and keys mean."""
     _refuse_foreign(config, file)
     try:
         lora = LoRA(
@@ -62,7 +47,7 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     modules = _adapted(keys)
     _refuse_incomplete(model, config, modules, file)
     lora = _with_patterns(lora, patterns, modules, file)
-    for name in _names(config, "modules_to_save", file):
+    for name in names(config, "modules_to_save", file):
         if not any(re.fullmatch(rf"(.*\.)?{re.escape(name)}\..*", _whole_path(key)) for key in keys):
             raise CorruptFile(f"{file} says that {name} was trained whole, but its tensors are missing.")
     entries = [Entry(lora, "target_modules", [(path, None) for path in _paths(model, modules)])]
@@ -72,14 +57,7 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     return entries
 
 
-def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts."""
-    return {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
-
-
 def _refuse_foreign(config: dict[str, Any], file: str) -> None:
-    if config.get("peft_type") != "LORA":
-        raise FileError(f"{file} holds a {config.get('peft_type')!r} adapter; Veneer reads PEFT's LORA.")
     foreign = [name for name, value in config.items() if value and name not in _HARMLESS]
     if foreign:
         raise FileError(
@@ -106,31 +84,16 @@ def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[st
     if targets == "all-linear":
         return
     if isinstance(targets, str):
-        match = _regex(targets, "target_modules", file).fullmatch
+        match = regex(targets, "target_modules", file).fullmatch
         named = {path for path in places.weights(model) if match(path)}
     else:
-        ends = _names(config, "target_modules", file)
+        ends = names(config, "target_modules", file)
         named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in ends)}
-    saved = _names(config, "modules_to_save", file)
+    saved = names(config, "modules_to_save", file)
     named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
     lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
     if lost:
         raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
-
-
-def _names(config: dict[str, Any], field: str, file: str) -> list[str]:
-    """A list of module names, or none at all."""
-    names = config.get(field) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorruptFile(f"{file}: {field} is {names!r}, not a list of module names.")
-    return names
-
-
-def _regex(text: str, field: str, file: str) -> re.Pattern[str]:
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise CorruptFile(f"{file}: {field} holds {text!r}, no regular expression: {error}.") from None
 
 
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
@@ -139,7 +102,7 @@ def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set
         name: {
             f"re:(.*\\.)?({key})": value
             for key, value in table.items()
-            if any(_regex(rf"(.*\.)?({key})$", name, file).match(path) for path in modules)
+            if any(regex(rf"(.*\.)?({key})$", name, file).match(path) for path in modules)
         }
         for name, table in patterns.items()
     }

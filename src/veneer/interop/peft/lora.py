@@ -1,7 +1,6 @@
-"""Hugging Face PEFT's adapter files, which vLLM, SGLang and llama.cpp's converter read too.
+"""PEFT's LORA files, which vLLM, SGLang and llama.cpp's converter read too.
 
-`adapter_config.json` says how to read `adapter_model.safetensors`, whose keys are
-`base_model.model.<module>.<parameter>`. PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
+PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
 at one place, are written as one pair whose A are put under each other and whose B stand in their own rows and columns,
 zero elsewhere: the same sum, exactly.
 """
@@ -17,30 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from veneer import places
-from veneer.delta import Place, row_index
+from veneer.delta import Method, Place, row_index
 from veneer.handle import Adapter, Claim
+from veneer.interop.peft.common import PREFIX, NotInPEFT, base_fields, fill, target_modules
+from veneer.interop.peft.lora_config import from_config
 from veneer.lowrank import Pair
 from veneer.methods import FullFineTuning, LoRA
-from veneer.seams import transformers
 
-PREFIX = "base_model.model."
-_TASKS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
-
-
-class NotInPEFT(Exception):
-    """PEFT has no file for this adapter; the message says why."""
+METHODS: tuple[type[Method], ...] = (LoRA,)
 
 
 def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
-    """The tensors under PEFT's keys; NotInPEFT where PEFT has no such thing."""
+    """A and B of each module under PEFT's keys, and what was trained whole."""
     tensors: dict[str, Tensor] = {}
     groups = _groups(claims)
     for group in groups.values():
@@ -59,7 +46,7 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
 
 
 def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
-    """Fill the claims' deltas from tensors that have the keys and shapes of `to_tensors`."""
+    """Fill the claims' A and B."""
     groups = _groups(claims)
     for group in groups.values():
         key_a, key_b = _keys(group[0].place)
@@ -79,7 +66,7 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
 
 
 def to_config(adapter: Adapter) -> dict[str, Any]:
-    """`adapter_config.json` for an adapter that `to_tensors` accepts."""
+    """`adapter_config.json`: one rank and alpha, and patterns for the others."""
     groups = _groups(adapter.claims)
     rslora = all(isinstance(c.method, LoRA) and c.method.use_rslora for group in groups.values() for c in group)
     sizes: dict[str, tuple[int, float]] = {}
@@ -91,22 +78,18 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     lora = next(claim.method for group in groups.values() for claim in group)
     assert isinstance(lora, LoRA)
-    base = transformers.describe(adapter.model)
     return {
+        **base_fields(adapter),
         "alpha_pattern": {path: a for path, (_, a) in sorted(sizes.items()) if a != alpha},
-        "base_model_name_or_path": base.get("name_or_path") or None,
         "bias": lora.bias,
         "fan_in_fan_out": all(_is_conv1d(group[0].place) for group in groups.values()),
-        "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
-        "modules_to_save": sorted(adapter.also_train) or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {path: r for path, (r, _) in sorted(sizes.items()) if r != rank},
-        "target_modules": _target_modules(adapter.model, set(sizes)),
-        "task_type": next((task for end, task in _TASKS.items() if base["class"].endswith(end)), None),
+        "target_modules": target_modules(adapter.model, set(sizes)),
         "use_dora": False,
         "use_rslora": rslora,
     }
@@ -212,19 +195,4 @@ def _whole_key(place: Place, adapted: set[str]) -> str:
     return f"{PREFIX}{place.owner_path}.{place.parameter}"
 
 
-def _target_modules(model: nn.Module, adapted: set[str]) -> list[str]:
-    """Last components where they mean exactly the adapted modules, whole paths otherwise."""
-    targets: set[str] = set()
-    paths = [path for path, _ in places.modules(model)]
-    for path in adapted:
-        last = path.rpartition(".")[2]
-        alike = {other for other in paths if other == last or other.endswith(f".{last}")}
-        targets.add(last if alike <= adapted else path)
-    return sorted(targets)
-
-
-@torch.no_grad()
-def fill(parameter: nn.Parameter, tensor: Tensor) -> None:
-    """Copy a tensor in; a wider dtype in the file is kept, a narrower one is widened without loss."""
-    dtype = torch.promote_types(parameter.dtype, tensor.dtype)
-    parameter.data = tensor.to(device=parameter.device, dtype=dtype, copy=True).contiguous()
+__all__ = ["METHODS", "from_config", "from_tensors", "to_config", "to_tensors"]

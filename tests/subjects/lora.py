@@ -1,0 +1,17 @@
+"""LoRA and full fine-tuning."""
+
+from tiny import FAMILIES
+
+import veneer
+from subjects import SHARED_BY_ROWS, Subject
+
+BIASED = tuple(family for family in FAMILIES if family not in ("llama", "t5"))
+ROWS = {"mixed_batch_equals_rows_alone": (veneer.errors.RoutingError, SHARED_BY_ROWS)}
+
+SUBJECTS = {
+    "LoRA": Subject(veneer.LoRA(rank=4)),
+    "LoRA-rs-bias": Subject(
+        veneer.LoRA(rank=3, alpha=6.0, use_rslora=True, bias="all", init="orthogonal"), families=BIASED, impossible=ROWS
+    ),
+    "FullFineTuning": Subject(veneer.FullFineTuning(), impossible=ROWS),
+}
