@@ -66,6 +66,17 @@ def test_law(law, name, family, record_property):
         record_property("stated", f"{kind.__name__}: {raised.value}")
 
 
+LEFT_OUT = [(name, family) for name, one in SUBJECTS.items() for family in FAMILIES if family not in one.families]
+
+
+@pytest.mark.parametrize(("name", "family"), LEFT_OUT)
+def test_a_family_left_out_has_no_place(name, family):
+    model = FAMILIES[family].model()
+    with pytest.raises(veneer.errors.VeneerError):
+        veneer.attach(model, SUBJECTS[name].method, SUBJECTS[name].where)
+    assert not veneer.adapters(model)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # inductor's import warns of itself
 def test_compiled_code_equals_eager():
     laws.compiling_changes_nothing(Case(FAMILIES["llama"], SUBJECTS["LoRA"].method), backend="inductor")
