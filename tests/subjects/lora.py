@@ -1,11 +1,8 @@
 """LoRA and full fine-tuning."""
 
-from tiny import FAMILIES
-
 import veneer
-from subjects import SHARED_BY_ROWS, Subject
+from subjects import BIASED, SHARED_BY_ROWS, Subject
 
-BIASED = tuple(family for family in FAMILIES if family != "llama")
 STORED = {"a_quantized_base_equals_its_dense_twin": (veneer.errors.MethodError, "it is stored as")}
 ROWS = {"mixed_batch_equals_rows_alone": (veneer.errors.RoutingError, SHARED_BY_ROWS)}
 
