@@ -281,7 +281,8 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
         edges = [edge for span in spans or () for edge in span]
-        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
-            raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
+        rows = place.shape[place.format.rows]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
+            raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
     return _tie(found) if unit == "parameter" else found

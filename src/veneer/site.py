@@ -94,6 +94,7 @@ class Binding:
     path: str
     owner: str
     parameter: str
+    format: Any  # the place's own
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
@@ -165,7 +166,7 @@ def share(model: nn.Module, name: str, modules: Sequence[nn.Module], routes: Rou
     for module in modules:
         site = _made(model, "", name, routes)
         cast(nn.ModuleList, site[name]).append(module)
-        site.bindings[name].append(Binding("", "", "", None))
+        site.bindings[name].append(Binding("", "", "", None, None))
         site[name].train(model.training)
 
 
@@ -176,7 +177,9 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
+    site.bindings[name].append(
+        Binding(place.path, next(below, ""), place.parameter, place.format, place.spans, place.item, held)
+    )
     _hook(place.reader, site)
 
 
@@ -286,14 +289,15 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
-        owner = module.get_submodule(binding.owner)
+        owner, form = module.get_submodule(binding.owner), binding.format
         weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        weight = form.logical(owner, weight)
         if binding.spans is None:
             weight = delta(weight)
         else:
             part = row_index(binding.spans, weight.device)
-            weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
-        owner.__dict__[binding.parameter] = weight
+            weight = weight.index_copy(form.rows, part, delta(weight.index_select(form.rows, part)))
+        owner.__dict__[binding.parameter] = form.stored(owner, weight)
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
