@@ -10,7 +10,15 @@ import torch
 from subjects import SUBJECTS
 from tiny import IDS, TOKENS, logits, perturb, text
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import veneer
 from veneer import formats
@@ -25,8 +33,11 @@ KINDS = ["nf4", "nf4-double", "fp4", "int8"]
 FOUR_BIT = KINDS[:3]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Float32: the quantized product may be summed in another order than the dense one."""
-FAMILIES = {name: "llama" if "llama" in one.families else "bert" for name, one in SUBJECTS.items()}
-"""The family that each method meets quantized weights on: those that need biases find none in Llama."""
+FAMILIES = {
+    name: next(family for family in ("llama", "bert", "mixtral") if family in one.families)
+    for name, one in SUBJECTS.items()
+}
+"""The family that each method meets quantized weights on: some need biases, or experts, which Llama has none of."""
 # bitsandbytes computes 8-bit products in float16 and says so at every call on float32 activations
 eight_bit = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 
@@ -36,7 +47,10 @@ def dense(family: str = "llama") -> nn.Module:
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4}
     if family == "bert":
         return BertForMaskedLM(BertConfig(vocab_size=64, max_position_embeddings=64, **sizes)).eval()
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes, **TOKENS)).eval()
+    sizes |= {"vocab_size": 64, "num_key_value_heads": 2, **TOKENS}
+    if family == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **sizes)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def quantize(linear: nn.Linear, kind: str) -> nn.Linear:
