@@ -13,14 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import veneer
 from veneer import demo
-from veneer.errors import VeneerError
+from veneer.errors import TemplateError, VeneerError
 from veneer.samples import smollm2, verses, whole
 from veneer.samples.verses import Verse
 from veneer.train import (
     Collator,
     Example,
     Recipe,
-    TemplateError,
     answer_logits,
     chrf,
     encode,

@@ -1,18 +1,15 @@
 """A small method for each port that no shipped method uses yet."""
 
 from ports import EmbeddingShift, InputScale, KeySlots
-from tiny import FAMILIES
 
 import veneer
-from subjects import ACTIVATIONS, TOKENS, Subject
+from subjects import ACTIVATIONS, CALLED, TOKENS, Subject
 
 UNSHIPPED = {
     "merged_equals_adapted": (veneer.errors.NotMergeable, ACTIVATIONS),
     "saving_is_bit_equal": (veneer.errors.FileError, "which this Veneer does not have"),
 }
 ROWS = {"mixed_batch_equals_rows_alone": (veneer.errors.RoutingError, "keys of another length")}
-
-CALLED = tuple(name for name in FAMILIES if name != "mixtral")  # whose mlp.down is called with what it multiplies
 
 SUBJECTS = {
     "Before": Subject(InputScale(), families=CALLED, impossible=UNSHIPPED),
