@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import places, site
-from veneer.delta import Method, Place
+from veneer.delta import Before, Method, Place
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
 from veneer.methods import FullFineTuning
@@ -95,6 +95,11 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
             delta = method.build(mapped)
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
+        if isinstance(delta, Before) and place.spans:
+            raise MethodError(
+                f"{type(method).__name__} changes what {place.path} reads, and the whole of the fused layer reads it. "
+                f"Name the layer itself, such as where='{place.owner_path}'."
+            )
         if dtype is not None:
             delta.to(dtype)
         for name, parameter in delta.named_parameters():

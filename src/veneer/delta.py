@@ -150,6 +150,11 @@ class Product:
         y = self.place.format.multiply(self.place.owner, self.place.parameter, x)
         return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
 
+    def dtype(self, default: torch.dtype) -> torch.dtype:
+        """The dtype the weight is stored in; where it is packed, `default`."""
+        stored = self.place.weight.dtype
+        return stored if stored.is_floating_point else default
+
     def bias(self) -> Tensor | None:
         """The base's bias beside the weight (its rows), or None."""
         bias = self.place.owner._parameters.get(self.place.parameter.replace("weight", "bias"))
@@ -194,6 +199,10 @@ class Delta(nn.Module, ABC):
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
+
+    def merge_bias(self, bias: Tensor) -> Tensor:
+        """The bias beside the weight as the merged layer needs it; most deltas leave it."""
+        return bias
 
     forward: Callable[..., Any]  # each port declares what it is called with
 

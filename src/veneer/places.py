@@ -4,6 +4,7 @@
                     read off the model's data flow (transformers models)
     linear, block   every linear map in the repeated blocks, never the head
     embedding, head the token embedding, the projection over the vocabulary
+    norm            every module whose weight is a vector
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
     a | b           the union; beside a regular expression the bar has a space on either side
@@ -29,7 +30,7 @@ ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
     *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
     *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
-    *("linear", "block", "embedding", "head"),
+    *("linear", "block", "embedding", "head", "norm"),
 )
 
 
@@ -217,6 +218,8 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     if role == "embedding":
         tables = _tables(model)
         return [place for place in inventory.values() if place.owner_path in tables]
+    if role == "norm":
+        return [place for place in inventory.values() if _is_norm(place.owner)]
     if role == "head":
         module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
@@ -235,6 +238,12 @@ def _kinds(model: nn.Module, unit: Unit) -> dict[str, str]:
     if unit == "attention":
         return {sublayer.module: sublayer.kind for sublayer in sublayers}
     return {sublayer.ends.output[0]: sublayer.kind for sublayer in sublayers if sublayer.ends.output}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    below = [child for child in module.children() if not isinstance(child, site.Site)]
+    return weight is not None and weight.dim() == 1 and not below
 
 
 def _is_matrix(place: Place) -> bool:

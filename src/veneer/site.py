@@ -97,6 +97,7 @@ class Binding:
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
+    transposed: bool = False
 
 
 class Site(nn.ModuleDict):
@@ -176,7 +177,10 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
+    transposed = place.format.transposed
+    site.bindings[name].append(
+        Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held, transposed)
+    )
     _hook(place.reader, site)
 
 
@@ -287,13 +291,14 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
         owner = module.get_submodule(binding.owner)
-        weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        stored = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        weight = stored.mT if binding.transposed else stored
         if binding.spans is None:
             weight = delta(weight)
         else:
             part = row_index(binding.spans, weight.device)
             weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
-        owner.__dict__[binding.parameter] = weight
+        owner.__dict__[binding.parameter] = weight.mT if binding.transposed else weight
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

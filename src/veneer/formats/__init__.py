@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib import import_module
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ _KNOWN = {
 
 class Format(ABC):
     """One way to store the weight of one kind of module. Formats hold no state."""
+
+    transposed: ClassVar[bool] = False
+    """Whether a weight of two dimensions is stored as [in, out]."""
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""

@@ -41,6 +41,8 @@ class Linear(Parameter):
 class _Transposed(Parameter):
     """A two-dimensional weight stored as [in, out]."""
 
+    transposed = True
+
     def read(self, owner: nn.Module, parameter: str) -> Tensor:
         return super().read(owner, parameter).T
 

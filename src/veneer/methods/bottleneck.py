@@ -34,16 +34,12 @@ class Bottleneck(After):
         learned = method.scaling == "learned"
         self.scale: Any = nn.Parameter(torch.ones(hidden, **place.new)) if learned else method.scaling
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
-        """s·A(·), what is added to y."""
-        h = y if self.reads == "" else x if self.reads == "input" else x + y
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = x + y if self.reads == "residual" else x if self.reads else y
         down, up = self.down, self.up
         h = F.linear(self.dropout(h), down.weight.to(y.dtype), down.bias.to(y.dtype))
         h = F.linear(activations[self.activation](h), up.weight.to(y.dtype), up.bias.to(y.dtype))
-        return h * (self.scale.to(y.dtype) if isinstance(self.scale, Tensor) else self.scale)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(x, y)
+        return y + h * (self.scale.to(y.dtype) if isinstance(self.scale, Tensor) else self.scale)
 
 
 @dataclass(frozen=True)
