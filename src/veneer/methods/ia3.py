@@ -70,7 +70,7 @@ class IA3(Method):
         Rows (or columns) of the weight, and the bias beside scaled rows, are scaled and rounded once.
 
     Errors:
-        MethodError on a convolution, a weight read without a call, an embedding's inputs, side="input" and feedforward.
+        MethodError on a convolution, a weight read without a call, embedded ids, or side="input" with feedforward.
 
     Paper:
         Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS
