@@ -15,7 +15,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import BottleneckAdapter, FullFineTuning, LoRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -23,6 +23,7 @@ __all__ = [
     "Adapter",
     "After",
     "Before",
+    "BottleneckAdapter",
     "Delta",
     "FullFineTuning",
     "Input",

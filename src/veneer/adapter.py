@@ -93,6 +93,8 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                 dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
             )
             delta = method.build(mapped)
+            if delta.reads not in ("", *place.sources):
+                raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
         if dtype is not None:

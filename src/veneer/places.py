@@ -175,6 +175,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
             item=item,
             layer=read.layer(sublayer),
             sources=sources,
+            norm=named[sublayer.ends.norm] if sublayer.ends.norm else None,
         )
     return found
 

@@ -1,6 +1,7 @@
 """The methods, one file each."""
 
+from veneer.methods.bottleneck import BottleneckAdapter
 from veneer.methods.full import FullFineTuning
 from veneer.methods.lora import LoRA
 
-__all__ = ["FullFineTuning", "LoRA"]
+__all__ = ["BottleneckAdapter", "FullFineTuning", "LoRA"]

@@ -210,7 +210,7 @@ def _sublayers(graph: Graph, blocks: list[str]) -> Anatomy:
     seen: set[tuple[str, str]] = set()
     for add, stream, branch in _residuals(graph):
         sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
-        sublayer.ends = ends.find(graph, graph.nodes[add].module, stream, branch, blocks)
+        sublayer.ends = ends.find(graph, add, stream, branch, blocks)
         key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
         if key not in seen:
             seen.add(key)
