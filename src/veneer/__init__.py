@@ -13,14 +13,16 @@ from veneer.adapter import attach, check
 from veneer.counting import ParameterCount, count_parameters
 from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
 from veneer.errors import VeneerError
+from veneer.fusing import fuse
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import BottleneckAdapter, FullFineTuning, LoRA
+from veneer.methods import AdapterFusion, BottleneckAdapter, FullFineTuning, LoRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
 __all__ = [
     "Adapter",
+    "AdapterFusion",
     "After",
     "Before",
     "BottleneckAdapter",
@@ -40,6 +42,7 @@ __all__ = [
     "check",
     "count_parameters",
     "detach",
+    "fuse",
     "load",
     "merge",
     "save",

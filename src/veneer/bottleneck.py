@@ -84,7 +84,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         down, up = self.matrices()
-        up_bias = self.up_bias
+        up_bias: Tensor | None = self.up_bias
         if not isinstance(self.scale, float) or self.scale != 1.0:
             up = up * (self.scale.unsqueeze(-1) if isinstance(self.scale, Tensor) else self.scale)
             up_bias = None if up_bias is None else up_bias * self.scale

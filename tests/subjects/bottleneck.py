@@ -1,4 +1,4 @@
-"""Bottleneck adapters at their three placements."""
+"""Bottleneck adapters at their three placements, and attention over several."""
 
 import veneer
 from subjects import ACTIVATIONS, Subject
@@ -18,6 +18,21 @@ SUBJECTS = {
             reduction_factor=5, placement="after_residual", activation="silu", scaling="channel", dropout=0.2, norm=True
         ),
         where=EVERYWHERE,
+        impossible=UNMERGED,
+    ),
+    "AdapterFusion": Subject(
+        veneer.AdapterFusion(
+            parts={
+                "one": veneer.BottleneckAdapter(width=3),
+                "two": veneer.BottleneckAdapter(width=4, activation="gelu"),
+            }
+        ),
+        impossible=UNMERGED,
+    ),
+    "AdapterFusion-after-residual": Subject(
+        veneer.AdapterFusion(
+            parts={name: veneer.BottleneckAdapter.pfeiffer(reduction_factor=8) for name in ("one", "two", "three")}
+        ),
         impossible=UNMERGED,
     ),
 }
