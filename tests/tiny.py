@@ -152,9 +152,10 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def perturb(adapter, scale: float = 0.2) -> None:
-    """Give every adapter parameter a value that is not its start, so that the adapter does something."""
+    """Give every adapter parameter, and what a fusion is made of, a value that is not its start."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        parts = [tensor for key, tensor in adapter.named_tensors() if ".parts." in key]
+        for parameter in (*adapter.parameters(), *parts):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(noise.to(parameter.dtype), alpha=scale)

@@ -98,6 +98,8 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                     "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
                     "of `where`, or use a method with a weight form such as LoRA."
                 )
+            if delta.reads not in ("", *place.sources):
+                raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
         if isinstance(delta, Before) and place.spans:

@@ -64,7 +64,8 @@ class Place:
     the block it lies in, -1 outside the blocks.
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
-    where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
+    where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
+    `shared` is what `Method.share` made for all its places.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Place:
     layer: int = -1
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    norm: nn.Module | None = None
     shared: nn.Module | None = None
 
     @property

@@ -148,7 +148,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 reader=reader,
                 shape=sublayer.heads,
                 functional=False,
-                layer=read.layer(sublayer),
+                layer=read.layer(sublayer.ends.blocks),
             )
     return found
 
@@ -174,8 +174,9 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
             shape=(sublayer.ends.width,),
             functional=False,
             item=item,
-            layer=read.layer(sublayer),
+            layer=read.layer(sublayer.ends.blocks),
             sources=sources,
+            norm=named[sublayer.ends.norm] if sublayer.ends.norm else None,
         )
     return found
 
@@ -267,6 +268,11 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
         )
     near = closest(text, inventory)
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
+
+
+def layer(model: nn.Module, place: Place) -> int:
+    """The number of the block a place lies in, -1 outside the blocks."""
+    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
 
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
