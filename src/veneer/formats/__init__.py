@@ -40,9 +40,6 @@ class Format(ABC):
 
     rows: ClassVar[int] = 0
 
-    transposed: ClassVar[bool] = False
-    """Whether a weight of two dimensions is stored as [in, out]."""
-
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""
         yield "", "weight"
