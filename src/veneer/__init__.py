@@ -15,8 +15,9 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import FullFineTuning, LoRA, PrefixTuning
 from veneer.routing import activate, use
+from veneer.starts import start_prefix
 from veneer.store import load, save
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Method",
     "ParameterCount",
     "Place",
+    "PrefixTuning",
     "VeneerError",
     "Weight",
     "activate",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "start_prefix",
     "unmerge",
     "use",
 ]

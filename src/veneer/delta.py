@@ -215,7 +215,8 @@ class After(Delta):
 class KeyValue(Delta):
     """Attention over k, v [batch, kv_heads, length, head_dim] becomes attention over delta(k, v).
 
-    The delta may put `n` positions in front of both; every query may attend to those.
+    The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
+    tensors are cast to the dtype and device of k and v.
     """
 
     @abstractmethod
@@ -277,6 +278,10 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
+        return self, delta
 
     def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
         """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""

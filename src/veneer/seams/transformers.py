@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,53 @@ def observed_attention(observe: Observer) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.get_interface = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards each is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def rotates(model: Any) -> bool:
+    """Whether keys are rotated by their position, which then may be any number, and the model can be told which."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "rope_parameters", None) is not None and "position_ids" in _accepted(model)
+
+
+def _accepted(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def keys_and_values(
+    model: Any, attentions: set[int], batch: Mapping[str, Any], first: int
+) -> dict[int, list[tuple[Tensor, Tensor]]]:
+    """The keys and values of one forward at each of the attention modules (by id), call by call.
+
+    `first` is the position of the first token, where a model rotates keys by positions and the batch names none.
+    """
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, run: Callable[[], Any]) -> Any:
+        if id(module) in attentions:
+            found.setdefault(id(module), []).append((key, value))
+        return run()
+
+    given = dict(batch)
+    if rotates(model) and "position_ids" not in given:
+        ids = given["input_ids"]
+        given["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
+    if "use_cache" in _accepted(model):
+        given["use_cache"] = False
+    with observed_attention(observe):
+        model(**given)
+    return found
 
 
 def without_weights(folder: Path) -> nn.Module:
