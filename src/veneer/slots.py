@@ -30,6 +30,8 @@ class Slots(KeyValue):
 class MLPSlots(KeyValue):
     """Keys and values that one network, shared by all places, makes for this place while they are trained."""
 
+    shared: PrefixMLP
+
     def __init__(self, place: Place) -> None:
         super().__init__()
         self.path, self.shape = place.path, place.shape
@@ -42,7 +44,7 @@ class MLPSlots(KeyValue):
     def computed(self) -> tuple[Tensor, Tensor]:
         """What the network makes now."""
         heads, key_width, _ = self.shape
-        both = self.shared(self.path).unflatten(-1, (heads, -1)).transpose(0, 1)
+        both: Tensor = self.shared(self.path).unflatten(-1, (heads, -1)).transpose(0, 1)
         return both[..., :key_width], both[..., key_width:]
 
     @torch.no_grad()

@@ -27,31 +27,33 @@ def start_prefix(model: nn.Module, adapter: Adapter | str, batch: Mapping[str, A
     has too few positions or padding among them.
     """
     adapter = handle(model, adapter)
-    prefixes = {id(c.place.reader): c for c in adapter.claims if isinstance(c.delta, (Slots, MLPSlots))}
-    if not prefixes:
+    found = {claim.place.path: claim for claim in adapter.claims if isinstance(claim.delta, (Slots, MLPSlots))}
+    if not found:
         raise MethodError(f"{adapter!r} has no prefix to start. Attach veneer.PrefixTuning.")
-    if any(isinstance(claim.delta, MLPSlots) for claim in prefixes.values()):
+    prefixes = {path: claim.delta for path, claim in found.items() if isinstance(claim.delta, Slots)}
+    if len(prefixes) < len(found):
         raise MethodError(
             f"{adapter!r} makes its prefix by a network, which cannot be started from tokens. Attach "
             "PrefixTuning(reparameterization=False)."
         )
-    length = max(claim.delta.key.shape[1] for claim in prefixes.values())
+    length = max(slots.key.shape[1] for slots in prefixes.values())
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask[:, :length].all()):
         raise MethodError(f"The first {length} positions of the batch hold padding. Pad on the right, or give one row.")
+    readers = {path: found[path].place.reader for path in prefixes}
     with use(model), transformers.without_dropout(model):
-        seen = transformers.keys_and_values(model, set(prefixes), batch, -length)
-    for key, claim in prefixes.items():
-        own = seen.get(key, [])
-        if not own or own[0][0].shape[2] < claim.delta.key.shape[1]:
-            positions = own[0][0].shape[2] if own else 0
+        seen = transformers.keys_and_values(model, readers, batch, -length)
+    for path, slots in prefixes.items():
+        positions = min((key.shape[2] for key, _ in seen[path]), default=0)
+        if positions < slots.key.shape[1]:
             raise MethodError(
-                f"{claim.place.path} saw {positions} positions of the batch, and its prefix has "
-                f"{claim.delta.key.shape[1]}. Give more tokens, or a shorter prefix."
+                f"{path} saw {positions} positions of the batch, and its prefix has {slots.key.shape[1]}. Give more "
+                "tokens, or a shorter prefix."
             )
-    for key, claim in prefixes.items():
-        for parameter, calls in zip((claim.delta.key, claim.delta.value), zip(*seen[key], strict=True), strict=True):
-            _fill(parameter, calls)
+    for path, slots in prefixes.items():
+        keys, values = zip(*seen[path], strict=True)
+        _fill(slots.key, keys)
+        _fill(slots.value, values)
 
 
 @torch.no_grad()

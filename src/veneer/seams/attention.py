@@ -117,7 +117,8 @@ class _Call:
         causal = self.kwargs.get("is_causal")
         causal = getattr(self.module, "is_causal", True) if causal is None else causal
         if self.implementation == "sdpa" and causal and queries > 1:
-            return self.query.new_ones(queries, keys, dtype=torch.bool).tril()[None, None]
+            lower: Tensor = self.query.new_ones(queries, keys, dtype=torch.bool).tril()
+            return lower[None, None]
         if self.seen is None:
             return None
         if "flash" in self.implementation:
@@ -143,20 +144,23 @@ class _Call:
         front = mask.new_full(self.seen.shape, shown).masked_fill(~self.seen, hidden)
         batch = len(self.seen)
         front = front.view(batch, *[1] * (mask.ndim - 2), self.added).expand(batch, *mask.shape[1:-1], self.added)
-        return torch.cat([front, mask.expand(batch, *mask.shape[1:])], dim=-1)
+        wide: Tensor = torch.cat([front, mask.expand(batch, *mask.shape[1:])], dim=-1)
+        return wide
 
     def _block_mask(self, mask: Any) -> Any:
         """flex_attention's mask, made again for the wider keys; the layers of one forward share one mask."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        memo: dict[int, Any] = vars(mask).setdefault("_widened", {}) if self.seen is None else {}
-        if self.added not in memo:
-            added, seen, own = self.added, self.seen, mask.mask_mod
+        added, seen, own = self.added, self.seen, mask.mask_mod
+        alike = seen is None and not torch.compiler.is_compiling()
+        memo: dict[int, Any] = vars(mask).setdefault("_widened", {}) if alike else {}
+        if added not in memo:
 
             def mask_mod(batch: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
                 front = kv < added
                 shown = front if seen is None else front & seen[batch, kv.clamp(max=added - 1)]
-                return shown | (~front & own(batch, head, q, (kv - added).clamp(min=0)))
+                below: Tensor = ~front & own(batch, head, q, (kv - added).clamp(min=0))
+                return shown | below
 
             batch, heads = mask.shape[:2]
             queries, keys = mask.seq_lengths

@@ -95,17 +95,18 @@ def _accepted(model: Any) -> set[str]:
 
 
 def keys_and_values(
-    model: Any, attentions: set[int], batch: Mapping[str, Any], first: int
-) -> dict[int, list[tuple[Tensor, Tensor]]]:
-    """The keys and values of one forward at each of the attention modules (by id), call by call.
+    model: Any, attentions: Mapping[str, nn.Module], batch: Mapping[str, Any], first: int
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The keys and values of one forward at each of the attention modules, call by call.
 
     `first` is the position of the first token, where a model rotates keys by positions and the batch names none.
     """
-    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in attentions}
+    paths = {module: path for path, module in attentions.items()}
 
     def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, run: Callable[[], Any]) -> Any:
-        if id(module) in attentions:
-            found.setdefault(id(module), []).append((key, value))
+        if module in paths:
+            found[paths[module]].append((key, value))
         return run()
 
     given = dict(batch)
