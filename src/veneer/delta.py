@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from veneer.errors import MethodError
+from veneer.errors import MethodError, UnreadableModel
 from veneer.patterns import matcher
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Place:
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
+    `turn` is how an attention moves keys to another position, if at all.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Place:
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     shared: nn.Module | None = None
+    turn: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -108,6 +110,15 @@ class Place:
         """Path of the bias beside the weight, or the empty string."""
         name = self.parameter.replace("weight", "bias")
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
+
+    def turned(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [kv_heads, length, width] of this attention as they are `by` positions further on.
+
+        Raises UnreadableModel where keys are not rotated by their position.
+        """
+        if self.turn is None:
+            raise UnreadableModel(f"{self.path} has no keys that could be turned.")
+        return self.turn(keys, by)
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob or `re:` regex names this place or the module it lies in."""

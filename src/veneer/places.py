@@ -14,6 +14,7 @@ A text means only places that the method acts on; naming none of those is an err
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from torch import nn
@@ -23,7 +24,7 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, transformers
+from veneer.seams import anatomy, attention, rotary, transformers
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
@@ -148,6 +149,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 shape=sublayer.heads,
                 functional=False,
                 layer=read.layer(sublayer),
+                turn=functools.partial(rotary.turn, model, sublayer.module),
             )
     return found
 

@@ -124,7 +124,7 @@ def _trace(model: nn.Module) -> Graph:
         tracer = Tracer(
             model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
         )
-        with torch.no_grad(), _at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
+        with torch.no_grad(), at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
             torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
     except Exception as error:
         raise UnreadableModel(
@@ -169,7 +169,7 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """Within, the base runs alone: what an adapter adds is no part of the model's anatomy."""
     routes = next((here.routes for _, here in site.sites(model)), site.Routes())
     before = routes.active, routes.rows

@@ -90,6 +90,11 @@ def rotates(model: Any) -> bool:
     return getattr(config, "rope_parameters", None) is not None and "position_ids" in _accepted(model)
 
 
+def is_decoder(model: Any) -> bool:
+    """Whether the model is one decoder, which takes a cache, without an encoder."""
+    return is_pretrained(model) and "past_key_values" in _accepted(model) and not model.config.is_encoder_decoder
+
+
 def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
