@@ -27,8 +27,8 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, S
 from veneer.errors import PlaceError, RoutingError
 
 CHILD = "adapters"
-hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
-"""Forward pre-hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
+"""What registers the hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
 
 Rows = list[int] | None
 
@@ -98,6 +98,8 @@ class Binding:
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
+    attends: tuple[int, ...] = ()
+    """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
 
 
 class Site(nn.ModuleDict):
@@ -177,7 +179,10 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
+    attends = place.shape if place.unit == "attention" and place.functional else ()
+    site.bindings[name].append(
+        Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held, attends)
+    )
     _hook(place.reader, site)
 
 
@@ -198,9 +203,10 @@ def _hook(module: nn.Module, site: Site) -> None:
         handle.remove()
     kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
     site.handles = [
-        module.register_forward_pre_hook(hook)
-        for port, hook in hooks_by_port.items()
+        handle
+        for port, register in hooks_by_port.items()
         if any(issubclass(kind, port) for kind in kinds)
+        for handle in register(module, site)
     ]
     site.handles += [
         binding.held.source.module.register_forward_pre_hook(

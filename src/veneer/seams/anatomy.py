@@ -28,6 +28,7 @@ from veneer.delta import Span
 from veneer.errors import UnreadableModel
 from veneer.seams import ends, probe
 from veneer.seams.ends import Ends
+from veneer.seams.trace import FUSED_ATTENTION as FUSED
 from veneer.seams.trace import PRODUCTS as MATMULS
 from veneer.seams.trace import Graph, Node, Tracer
 from veneer.seams.transformers import is_pretrained, observed_attention
@@ -66,7 +67,7 @@ class Sublayer:
     registered: bool = False
     """Attends through transformers' registry, where keys and values can be reached."""
     heads: tuple[int, ...] = ()
-    """Key and value heads, width of a key, width of a value, where it is `registered`."""
+    """Key and value heads, width of a key, width of a value, where they can be told."""
     roles: dict[str, list[Part]] = field(default_factory=dict)
     ends: Ends = field(default_factory=Ends)
 
@@ -267,9 +268,8 @@ def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
         return None
     cross = not (graph.reaches(stream, core.core[1]) or stream == core.core[1])
     sublayer = Sublayer("cross_attention" if cross else "attention", core.module, core.op == "attention")
-    if sublayer.registered:
-        keys, values = (graph.nodes[i].shape for i in core.core[1:])
-        sublayer.heads = (keys[1], keys[3], values[3])
+    if not core.is_weight:
+        sublayer.heads = _heads(sublayer.registered or core.op in FUSED, *(graph.nodes[i].shape for i in core.core))
     if core.is_weight:
         sublayer.roles = _packed(core, graph)
         return sublayer
@@ -279,6 +279,15 @@ def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
     nearest = [node for node in after if not any(graph.reaches(other.index, node.index) for other in after)]
     sublayer.roles["o"] = [Part(node.parameters[0]) for node in nearest]
     return sublayer
+
+
+def _heads(fused: bool, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
+    """Heads and widths from the shapes of an attention's operands; a model's own code has keys as columns."""
+    if fused:
+        return (k[1], k[3], v[3])
+    if not len(q) == len(k) == len(v) or len(k) not in (3, 4) or q[-1] != k[-2] or k[-1] != v[-2]:
+        return ()
+    return (k[1] if len(k) == 4 else k[0] // probe.BATCH, k[-2], v[-1])
 
 
 def _written_out(graph: Graph, inside: list[Node]) -> Node | None:

@@ -99,6 +99,11 @@ def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def without_cache(model: Any) -> dict[str, bool]:
+    """The argument that keeps a forward from making a cache, where there is one."""
+    return {"use_cache": False} if "use_cache" in _accepted(model) else {}
+
+
 def keys_and_values(
     model: Any, attentions: Mapping[str, nn.Module], batch: Mapping[str, Any], first: int
 ) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -118,10 +123,8 @@ def keys_and_values(
     if rotates(model) and "position_ids" not in given:
         ids = given["input_ids"]
         given["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
-    if "use_cache" in _accepted(model):
-        given["use_cache"] = False
     with observed_attention(observe):
-        model(**given)
+        model(**given, **without_cache(model))
     return found
 
 
