@@ -53,11 +53,15 @@ from veneer.methods import (
     LayerNormTuning,
     LoRA,
     LoRAFA,
+    PrefixTuning,
     VeRA,
 )
 from veneer.routing import (
     activate,
     use,
+)
+from veneer.starts import (
+    start_prefix,
 )
 from veneer.store import (
     load,
@@ -84,6 +88,7 @@ __all__ = [
     "OFT",
     "ParameterCount",
     "Place",
+    "PrefixTuning",
     "VeRA",
     "VeneerError",
     "Weight",
@@ -97,6 +102,7 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "start_prefix",
     "unmerge",
     "use",
 ]

@@ -93,7 +93,7 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                 dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
             )
             delta = method.build(mapped)
-            if place.functional and not isinstance(delta, Weight):
+            if place.unit == "weight" and place.functional and not isinstance(delta, Weight):
                 raise MethodError(
                     "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
                     "of `where`, or use a method with a weight form such as LoRA."

@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from veneer.errors import MethodError
+from veneer.errors import MethodError, UnreadableModel
 from veneer.patterns import matcher
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Place:
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
-    `shared` is what `Method.share` made for all its places.
+    `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
+    if at all.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Place:
     sources: Mapping[str, Source] = field(default_factory=dict)
     norm: nn.Module | None = None
     shared: nn.Module | None = None
+    turn: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -111,6 +113,15 @@ class Place:
         """Path of the bias beside the weight, or the empty string."""
         name = self.format.bias(self.parameter)
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
+
+    def turned(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [kv_heads, length, width] of this attention as they are `by` positions further on.
+
+        Raises UnreadableModel where keys are not rotated by their position.
+        """
+        if self.turn is None:
+            raise UnreadableModel(f"{self.path} has no keys that could be turned.")
+        return self.turn(keys, by)
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob or `re:` regex names this place or the module it lies in."""
@@ -231,7 +242,8 @@ class After(Delta):
 class KeyValue(Delta):
     """Attention over k, v [batch, kv_heads, length, head_dim] becomes attention over delta(k, v).
 
-    The delta may put `n` positions in front of both; every query may attend to those.
+    The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
+    tensors are cast to the dtype and device of k and v.
     """
 
     @abstractmethod
@@ -293,6 +305,10 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
+        return self, delta
 
     def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
         """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""

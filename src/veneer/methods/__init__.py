@@ -10,6 +10,7 @@ from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.oft import OFT
+from veneer.methods.prefix import PrefixTuning
 from veneer.methods.vera import VeRA
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "OFT",
+    "PrefixTuning",
     "VeRA",
 ]
