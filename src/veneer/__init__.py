@@ -15,7 +15,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import IA3, OFT, BitFit, DoRA, FullFineTuning, LayerNormTuning, LoRA, LoRAFA, VeRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -23,14 +23,21 @@ __all__ = [
     "Adapter",
     "After",
     "Before",
+    "BitFit",
     "Delta",
+    "DoRA",
     "FullFineTuning",
+    "IA3",
     "Input",
     "KeyValue",
+    "LayerNormTuning",
     "LoRA",
+    "LoRAFA",
     "Method",
+    "OFT",
     "ParameterCount",
     "Place",
+    "VeRA",
     "VeneerError",
     "Weight",
     "activate",

@@ -37,6 +37,10 @@ class LinearMap(ABC):
         product: Tensor = torch.mm(B.flatten(1), A.flatten(1)).unflatten(1, A.shape[1:])
         return product
 
+    def along(self, v: Tensor) -> Tensor:
+        """A vector over inputs or outputs, shaped so that it multiplies activations feature by feature."""
+        return v
+
     @abstractmethod
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """The activations through the first factor."""
@@ -80,6 +84,9 @@ class Convolution(LinearMap):
     dilation: tuple[int, ...]
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     edges: tuple[int, ...] = ()
+
+    def along(self, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(self.stride))
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         convolve = _CONVOLUTIONS[len(self.stride)]
