@@ -16,16 +16,14 @@ from veneer.methods.lora import LoRA
 class _Rows(Pair):
     """m, the length of each row of W', which starts as that of W's; `squares` are the squared lengths of W's rows."""
 
-    additive = False
-    measures = True
+    additive, measures = False, True
     product: Product
 
     def __init__(self, place: Place, *options: Any) -> None:
         super().__init__(place, *options)
         self.borrow(product=place.product())
-        squares = self.B.new_zeros(place.shape[0])
-        if not squares.is_meta:
-            squares = place.read().flatten(1).to(squares).pow(2).sum(1)
+        start = self.B.new_zeros(place.shape[0])
+        squares = start if start.is_meta else place.read().flatten(1).to(start).pow(2).sum(1)
         self.register_buffer("squares", squares, persistent=False)
         self.m = nn.Parameter(squares.sqrt())
 
@@ -34,12 +32,14 @@ class _Rows(Pair):
         """Those of the rows of W + s·B·A: |W|² + 2s·<W, B·A> + s²·|B·A|², none of which forms the product B·A."""
         A, B, W = self.A.flatten(1), self.B.flatten(1), self.product.place.weight
         crossed = self.product(A.to(W.dtype) if W.is_floating_point() else A).T.to(B.dtype) * B
-        squares = self.squares + (2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T)) * B).sum(1)
+        squares: Tensor = self.get_buffer("squares") + (
+            2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T)) * B
+        ).sum(1)
         return torch.sqrt(squares.clamp_min(torch.finfo(squares.dtype).tiny))
 
     def merge(self, weight: Tensor) -> Tensor:
         changed = super().merge(weight)
-        lengths = changed.detach().flatten(1).norm(dim=1).clamp_min(torch.finfo(weight.dtype).tiny)
+        lengths = changed.detach().flatten(1).pow(2).sum(1).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
         return changed * (self.m.to(weight.dtype) / lengths).view(-1, *[1] * (weight.dim() - 1))
 
 
@@ -48,8 +48,7 @@ class _Beside(_Rows, Beside):
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         g = self.m / self.lengths()
-        bias = self.product.bias()
-        plain = y if bias is None else y - self.map.along(bias.to(y.dtype))
+        plain = y if (bias := self.product.bias()) is None else y - self.map.along(bias.to(y.dtype))
         if self.training and self.dropout.p and x.is_floating_point():  # PEFT's: the base's part sees dropped inputs
             W = self.product.place
             plain = self.product(x) if len(W.shape) == 2 else self.map.down(x, W.read().to(x.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, cast
 
 import torch
@@ -32,14 +33,10 @@ class _Rotation(Delta):
         one = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
         if self.terms is None:
             return cast(Tensor, torch.linalg.solve(one + Q, one - Q, left=False))
-        R, power = one + 2 * Q, Q
-        for term in range(2, self.terms):
-            power = power @ Q
-            R = R + (1 if term == self.terms - 1 else 2) * power
-        return R
+        powers = [one.expand_as(Q), *accumulate([Q] * (self.terms - 1), torch.matmul)]
+        return powers[0] + 2 * sum(powers[1:-1], torch.zeros_like(Q)) + powers[-1]
 
     def rotate(self, x: Tensor, R: Tensor) -> Tensor:
-        """x · R on the last dimension."""
         x = x.unflatten(-1, (-1, self.size))
         return torch.einsum("...bi,bij->...bj", x, R.to(x.dtype).expand(x.shape[-2], -1, -1)).flatten(-2)
 
@@ -93,11 +90,11 @@ class OFT(Method):
     num_cayley_neumann_terms: Annotated[int, Field(ge=3)] | None = None
 
     def build(self, place: Place) -> Delta:
-        width = place.shape[1]
         if len(place.shape) > 2 or isinstance(place.owner, nn.Embedding):
             raise MethodError("OFT rotates the features of linear layers alone. Leave it out of `where`.")
-        if width % self.block_size:
-            near = min((n for n in range(2, width + 1) if not width % n), key=lambda n: abs(n - self.block_size))
-            raise MethodError(f"block_size={self.block_size} does not divide its width {width}. Set block_size={near}.")
+        if (width := place.shape[1]) % self.block_size:
+            raise MethodError(
+                f"block_size={self.block_size} does not divide the input's width {width}. Set one that does."
+            )
         blocks = 1 if self.block_share else width // self.block_size
         return (_Inside if place.functional else _Before)(place, self.block_size, blocks, self.num_cayley_neumann_terms)
