@@ -61,7 +61,7 @@ def claim(
     claims: list[Claim] = []
     while pairs:
         text, one = pairs.pop(0)
-        found = places.find(model, text, one.unit)
+        found = one.select(places.find(model, text, one.unit))
         one.check(found)
         claims += build(one, found, text, dtype)
         pairs += list(one.companions(found))
@@ -100,13 +100,10 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                 )
             if delta.reads not in ("", *place.sources):
                 raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
+            if place.spans is not None and isinstance(delta, Before):
+                raise MethodError("the other roles of this fused projection read the same input. Name the whole layer.")
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
-        if isinstance(delta, Before) and place.spans:
-            raise MethodError(
-                f"{type(method).__name__} changes what {place.path} reads, and the whole of the fused layer reads it. "
-                f"Name the layer itself, such as where='{place.owner_path}'."
-            )
         if dtype is not None:
             delta.to(dtype)
         for name, parameter in delta.named_parameters():
@@ -153,18 +150,12 @@ def _refuse_overlaps(claims: Sequence[Claim], stacked: Sequence[tuple[Method, ..
         others = by_key.setdefault(new.place.key, [])
         for old in others:
             together = any(old.method in group and new.method in group for group in stacked)
-            if not together and _overlap(old.place, new.place):
+            if not together and old.place.overlaps(new.place):
                 raise Overlap(
                     f"{type(old.method).__name__} (where='{old.where}') and {type(new.method).__name__} "
                     f"(where='{new.where}') both claim {new.place.path}. Pass a tuple to stack them, in order."
                 )
         others.append(new)
-
-
-def _overlap(one: Place, other: Place) -> bool:
-    if one.spans is None or other.spans is None:
-        return True
-    return any(a < d and c < b for a, b in one.spans for c, d in other.spans)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -150,6 +150,12 @@ class Place:
         """What multiplies activations by the base weight at every call, however the weight is stored."""
         return Product(self)
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether two places share the thing, and rows of it."""
+        if self.key != other.key or self.spans is None or other.spans is None:
+            return self.key == other.key
+        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
+
     def write(self, weight: Tensor) -> None:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
@@ -168,14 +174,10 @@ class Product:
         y = self.place.format.multiply(self.place.owner, self.place.parameter, x)
         return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
 
-    def dtype(self, default: torch.dtype) -> torch.dtype:
-        """The dtype the weight is stored in; where it is packed, `default`."""
-        stored = self.place.weight.dtype
-        return stored if stored.is_floating_point else default
-
     def bias(self) -> Tensor | None:
-        """The base's bias beside the weight (its rows), or None."""
-        bias = self.place.owner._parameters.get(self.place.format.bias(self.place.parameter))
+        """The bias beside the weight (its rows) as this forward reads it, or None."""
+        owner, name = self.place.owner, self.place.format.bias(self.place.parameter)
+        bias = owner.__dict__.get(name, owner._parameters.get(name))
         return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
@@ -192,12 +194,16 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate. `still` names
-    parameters (or the modules that hold them) that are saved with the adapter and never trained; persistent buffers are
-    saved too. `reads` names the source of the place that `x` is taken from; empty means the module's first argument.
+    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `measures`
+    that the delta looks at the base's weight, which must then stay as it is. `fast` names the parameters that LoRA+
+    trains at a larger rate. `still` names parameters (or the modules that hold them) that are saved with the adapter
+    and never trained; persistent buffers are saved too. `reads` names the source of the place that `x` is taken from;
+    empty means the module's first argument.
     """
 
     mergeable: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
@@ -219,7 +225,7 @@ class Delta(nn.Module, ABC):
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
 
     def merge_bias(self, bias: Tensor) -> Tensor:
-        """The bias beside the weight as the merged layer needs it; most deltas leave it."""
+        """The base's bias beside the weight with this delta folded in; most leave it as it is."""
         return bias
 
     forward: Callable[..., Any]  # each port declares what it is called with
@@ -295,6 +301,10 @@ class Method(ABC):
     @abstractmethod
     def build(self, place: Place) -> Delta:
         """The delta for one place, on the place's device and in `compute_dtype` of its weight."""
+
+    def select(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Those of the places a `where` names that this method acts on; MethodError where none is left."""
+        return places
 
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""

@@ -230,11 +230,12 @@ def _hook(module: nn.Module, site: Site) -> None:
     ]
     if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
-        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
     if any(issubclass(kind, Before) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
     if any(issubclass(kind, (After, Input)) for kind in kinds):
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
+    if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
+        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
