@@ -293,3 +293,48 @@ def test_a_merged_adapter_cannot_be_dropped():
     veneer.merge(model, adapter)
     with pytest.raises(veneer.errors.AdapterError, match="merged into the weights"):
         veneer.activate(model, adapter, drop_layers=[0])
+
+
+def test_compacter_is_a_bottleneck_with_kronecker_products():
+    model = FAMILIES["llama"].model()
+    adapter = veneer.attach(model, veneer.Compacter(width=8, terms=4, rank=2, activation="tanh"))
+    perturb(adapter)
+    own = adapter.state_dict()
+    part = {key.rpartition(".")[2]: value for key, value in own.items() if "layers.1." in key}
+    kron = lambda side: sum(  # noqa: E731
+        torch.kron(own["shared.0.A"][i], part[f"{side}_s"][i] @ part[f"{side}_t"][i]) for i in range(4)
+    )
+    y = torch.randn(3, 5, 32, dtype=torch.float64)
+    expected = y + torch.tanh(y @ kron("down").T + part["down_bias"]) @ kron("up").T + part["up_bias"]
+    torch.testing.assert_close(adapter.claims[1].delta(y, y), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compacter_counts_on_t5_base():
+    """Two adapters of width 24 in each of 24 blocks; the paper's 0.073% counts the 62 norms, which train too."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12))
+    veneer.attach(model, veneer.Compacter(), "attention | mlp")
+    one = 2 * (768 + 24) + 24 + 768
+    count = veneer.count_parameters(model)
+    assert count.trainable == 48 * one + 4**3 == 114_112
+    assert round(100 * (count.trainable + 62 * 768) / (count.total - count.trainable), 3) == 0.073
+
+
+def test_compacter_terms_divide_the_widths():
+    with pytest.raises(veneer.errors.MethodError, match="terms=3 does not divide both 32 and the width 6"):
+        veneer.attach(FAMILIES["llama"].model(), veneer.Compacter(width=6, terms=3))
+
+
+def test_compacters_share_too_much_to_be_fused_but_stack():
+    model = FAMILIES["llama"].model()
+    for name in ("one", "two"):
+        perturb(veneer.attach(model, veneer.Compacter(width=8), name=name))
+    with pytest.raises(veneer.errors.MethodError, match="share no weights"):
+        veneer.fuse(model, ["one", "two"])
+    veneer.activate(model, "one", "two")
+    expected = logits(model, text())
+    stack = veneer.fuse(model, ["one", "two"], how="stack", name="stack")
+    torch.testing.assert_close(logits(model, text()), expected, rtol=1e-12, atol=1e-12)
+    assert len([key for key in stack.state_dict() if key.startswith("shared.")]) == 2

@@ -1,8 +1,9 @@
 """The methods, one file each."""
 
 from veneer.methods.bottleneck import BottleneckAdapter
+from veneer.methods.compacter import Compacter
 from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
 from veneer.methods.lora import LoRA
 
-__all__ = ["AdapterFusion", "BottleneckAdapter", "FullFineTuning", "LoRA"]
+__all__ = ["AdapterFusion", "BottleneckAdapter", "Compacter", "FullFineTuning", "LoRA"]
