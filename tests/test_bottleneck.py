@@ -287,12 +287,24 @@ def test_a_layer_that_is_not_there_is_named():
         veneer.activate(model, adapter, drop_layers=range(4))
 
 
-def test_a_merged_adapter_cannot_be_dropped():
+def test_a_merged_adapter_cannot_be_dropped_nor_a_dropped_one_merged():
     model = FAMILIES["llama"].model()
     adapter = veneer.attach(model, veneer.LoRA(rank=2))
+    veneer.activate(model, adapter, drop_layers=[1])
+    with pytest.raises(veneer.errors.AdapterError, match=r"left out of model\.layers\.1\.self_attn\.q_proj"):
+        veneer.merge(model, adapter)
+    veneer.activate(model, adapter)
     veneer.merge(model, adapter)
     with pytest.raises(veneer.errors.AdapterError, match="merged into the weights"):
         veneer.activate(model, adapter, drop_layers=[0])
+
+
+def test_what_is_left_to_the_base_is_said_and_is_no_fault():
+    model = FAMILIES["llama"].model()
+    adapter = attached(model, "parallel")
+    veneer.activate(model, adapter, drop_layers=[1])
+    assert "nothing acts at 2 of its places (drop_layers)" in adapter.summary()
+    assert veneer.check(model, text()) == []
 
 
 def test_compacter_is_a_bottleneck_with_kronecker_products():
@@ -338,3 +350,26 @@ def test_compacters_share_too_much_to_be_fused_but_stack():
     stack = veneer.fuse(model, ["one", "two"], how="stack", name="stack")
     torch.testing.assert_close(logits(model, text()), expected, rtol=1e-12, atol=1e-12)
     assert len([key for key in stack.state_dict() if key.startswith("shared.")]) == 2
+
+
+def test_where_the_norm_of_the_sum_is():
+    """Post-norm blocks have one after each sum, also behind a reshape; others go on with the sum."""
+    from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    opt = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    models = {
+        "post": OPTForCausalLM(OPTConfig(**sizes, **opt, do_layer_norm_before=False)),
+        "pre": OPTForCausalLM(OPTConfig(**sizes, **opt)),
+        "parallel": FalconForCausalLM(FalconConfig(**sizes, parallel_attn=True)),
+        "bert": FAMILIES["bert"].model(),
+    }
+    paths = {}
+    for name, model in models.items():
+        adapter = veneer.attach(model, veneer.BottleneckAdapter(width=4), EVERYWHERE)
+        named = {module: path for path, module in model.named_modules()}
+        paths[name] = [named.get(claim.place.norm, "").rpartition("layers.1.")[2] for claim in adapter.claims]
+        assert [claim.place.layer for claim in adapter.claims] == [0, 0, 1, 1]
+    assert paths["post"][2:] == ["self_attn_layer_norm", "final_layer_norm"]
+    assert paths["pre"] == paths["parallel"] == [""] * 4
+    assert paths["bert"][3] == "bert.encoder.layer.1.output.LayerNorm"

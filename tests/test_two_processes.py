@@ -25,6 +25,11 @@ METHODS = {
     "Before": InputScale(),
     "Input": EmbeddingShift(),
     "KeyValue": KeySlots(),
+    "BottleneckAdapter": veneer.BottleneckAdapter(width=4, placement="after_residual", scaling="learned"),
+    "Compacter": veneer.Compacter(width=8, placement="parallel"),
+    "AdapterFusion": veneer.AdapterFusion(
+        parts={name: veneer.BottleneckAdapter(width=4, placement="parallel") for name in ("one", "two")}
+    ),
 }
 WAYS = ("ddp", "fsdp")
 PROCESSES = 2
