@@ -222,7 +222,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     acting = {name for row in state.routes.rows or (state.routes.active,) for name in row} - set(state.routes.merged)
     active = [adapter for adapter in state.adapters.values() if adapter.name in acting]
     ran: set[int] = set()
-    watched = [one for adapter in active for one in adapter.claims]
+    watched = [one for adapter in active for one in adapter.claims if one.place.path not in state.routes.dropped]
     hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]
     try:
         with torch.no_grad():

@@ -157,6 +157,9 @@ class Adapter:
         lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")
         if self.name in state.routes.merged:
             lines.append("  merged into the base's weights")
+        dropped = sum(one.place.path in state.routes.dropped for one in self.claims)
+        if dropped:
+            lines.append(f"  nothing acts at {dropped} of its places (drop_layers)")
         lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
         return "\n".join(lines)
 

@@ -30,6 +30,11 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
     state = state_of(model)
     if adapter.name in state.routes.merged:
         raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
+    if dropped := [one.place.path for one in adapter.claims if one.place.path in state.routes.dropped]:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' is left out of {listed(dropped)} by drop_layers, which merging would undo. Call "
+            "veneer.activate without drop_layers first."
+        )
     _refuse_unmergeable(model, adapter)
     _refuse_replaced(model, adapter)
     _refuse_measured(model, adapter)

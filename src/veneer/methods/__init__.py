@@ -2,6 +2,7 @@
 
 from veneer.methods.bitfit import BitFit
 from veneer.methods.bottleneck import BottleneckAdapter
+from veneer.methods.compacter import Compacter
 from veneer.methods.dora import DoRA
 from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterFusion",
     "BitFit",
     "BottleneckAdapter",
+    "Compacter",
     "DoRA",
     "FullFineTuning",
     "IA3",

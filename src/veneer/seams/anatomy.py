@@ -265,13 +265,13 @@ def _residuals(graph: Graph) -> list[tuple[int, int, int]]:
 
 def _split(graph: Graph, stream: int, branch: int) -> list[int]:
     """The two branches of a parallel block, x + attention(x) + mlp(x), where their sum is taken first."""
-    node = graph.nodes[branch]
-    ends = [i for i in node.inputs if graph.reaches(stream, i)]
-    if node.op not in ADDS or len(ends) != 2 or graph.reaches(*ends) or graph.reaches(*ends[::-1]):
+    node = graph.nodes[ends.same(graph, branch)[-1]]
+    parts = [i for i in node.inputs if graph.reaches(stream, i)]
+    if node.op not in ADDS or len(parts) != 2 or graph.reaches(*parts) or graph.reaches(*parts[::-1]):
         return [branch]
-    if not all(any(n.is_weight for n in graph.between(stream, end)) for end in ends):
+    if not all(any(n.is_weight for n in graph.between(stream, part)) for part in parts):
         return [branch]
-    return [part for end in ends for part in _split(graph, stream, end)]
+    return [end for part in parts for end in _split(graph, stream, part)]
 
 
 def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
