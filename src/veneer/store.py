@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
         claims=[
             _Claim(
                 method=type(claims[0].method).__name__,
-                options=asdict(claims[0].method),
+                options=_options(claims[0].method),
                 where=where,
                 places=[_place(claim.place) for claim in claims],
             )
@@ -106,6 +106,19 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
         ],
         tensors=_Tensors(file=name, sha256=files.digest(packed)),
     )
+
+
+def _options(method: Method) -> dict[str, Any]:
+    return {field.name: _plain(vars(method)[field.name]) for field in fields(method)}
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON can hold it: a method inside another is its name and its options."""
+    if isinstance(value, Method):
+        return {"method": type(value).__name__, "options": _options(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _place(place: Place) -> _Place:
@@ -210,19 +223,34 @@ def _check_sum(path: Path, recipe: Recipe) -> None:
 
 
 def _entry(claim: _Claim, path: Path) -> Entry:
-    method = vars(methods).get(claim.method)
-    if claim.method not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
-        raise FileError(
-            f"{path / RECIPE} uses the method '{claim.method}', which this Veneer does not have."
-            f"{closest(claim.method, methods.__all__)} Install a newer Veneer."
-        )
     try:
-        built = method(**claim.options)
+        built = _method(claim.method, claim.options, path)
     except (MethodError, TypeError) as error:
         raise CorruptFile(f"{path / RECIPE}: {error}") from None
     named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
     named += [(path, None) for place in claim.places for path in place.tied]
     return Entry(built, claim.where, named)
+
+
+def _method(name: str, options: Mapping[str, Any], path: Path) -> Method:
+    method = vars(methods).get(name)
+    if name not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
+        raise FileError(
+            f"{path / RECIPE} uses the method '{name}', which this Veneer does not have."
+            f"{closest(name, methods.__all__)} Install a newer Veneer."
+        )
+    built = method(**{key: _option(value, path) for key, value in options.items()})
+    assert isinstance(built, Method)
+    return built
+
+
+def _option(value: Any, path: Path) -> Any:
+    """What `_plain` made plain; options are immutable, so what JSON holds as a list was a tuple."""
+    if isinstance(value, dict):
+        if value.keys() == {"method", "options"} and isinstance(value["options"], dict):
+            return _method(value["method"], value["options"], path)
+        return {key: _option(inner, path) for key, inner in value.items()}
+    return tuple(_option(inner, path) for inner in value) if isinstance(value, list) else value
 
 
 def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[str, str]) -> list[Claim]:
