@@ -10,6 +10,7 @@ Importing this package imports neither transformers nor a quantizer.
 __version__ = "0.1.0.dev0"
 
 from veneer.adapter import attach, check
+from veneer.arithmetic import Computed, combine, to_lora
 from veneer.counting import ParameterCount, count_parameters
 from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
 from veneer.errors import VeneerError
@@ -24,6 +25,7 @@ __all__ = [
     "After",
     "Before",
     "BottleneckAdapter",
+    "Computed",
     "Delta",
     "FullFineTuning",
     "Input",
@@ -38,11 +40,13 @@ __all__ = [
     "adapters",
     "attach",
     "check",
+    "combine",
     "count_parameters",
     "detach",
     "load",
     "merge",
     "save",
+    "to_lora",
     "unmerge",
     "use",
 ]
