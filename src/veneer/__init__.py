@@ -16,7 +16,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import BottleneckAdapter, FullFineTuning, LoRA
+from veneer.methods import BottleneckAdapter, FullFineTuning, Gated, LoRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -28,6 +28,7 @@ __all__ = [
     "Computed",
     "Delta",
     "FullFineTuning",
+    "Gated",
     "Input",
     "KeyValue",
     "LoRA",

@@ -247,8 +247,9 @@ def _method(name: str, options: Mapping[str, Any], path: Path) -> Method:
 def _option(value: Any, path: Path) -> Any:
     """What `_plain` made plain; options are immutable, so what JSON holds as a list was a tuple."""
     if isinstance(value, dict):
-        if value.keys() == {"method", "options"} and isinstance(value["options"], dict):
-            return _method(value["method"], value["options"], path)
+        name, options = value.get("method"), value.get("options")
+        if len(value) == 2 and isinstance(name, str) and isinstance(options, dict):
+            return _method(name, options, path)
         return {key: _option(inner, path) for key, inner in value.items()}
     return tuple(_option(inner, path) for inner in value) if isinstance(value, list) else value
 
