@@ -339,3 +339,76 @@ def test_to_lora_refuses_what_cannot_be_merged():
         veneer.to_lora(model, "b", 4, name="c")
     with pytest.raises(MethodError, match="rank=0 is less than 1"):
         veneer.to_lora(model, "a", 0, name="c")
+
+
+METHODS = {
+    "DoRA": veneer.DoRA(rank=2),
+    "VeRA": veneer.VeRA(rank=8),
+    "OFT": veneer.OFT(block_size=8),
+    "IA3": veneer.IA3(),
+    "LoRA-FA": veneer.LoRAFA(rank=3),
+    "BitFit": veneer.BitFit(),
+    "LayerNorm": veneer.LayerNormTuning(),
+    "stacked": (veneer.LoRA(rank=2), veneer.DoRA(rank=2)),
+    "LoRA and whole": {"attention": veneer.LoRA(rank=2, bias="lora_only"), "mlp": veneer.FullFineTuning()},
+}
+
+
+NOWHERE = {
+    ("IA3", "mixtral"),
+    *((kind, base) for kind in ("BitFit", "LoRA and whole") for base in ("llama", "mixtral")),
+}
+PAIRS = [
+    (kind, base) for kind in METHODS for base in ("llama", "gpt2", "bert", "mixtral") if (kind, base) not in NOWHERE
+]
+
+
+@pytest.mark.parametrize(("kind", "family"), PAIRS)
+def test_to_lora_of_any_mergeable_adapter(kind, family):
+    """At full rank it changes what merging changes, biases too; at a lower one as little is lost as it says."""
+    model = FAMILIES[family].model()
+    perturb(veneer.attach(model, METHODS[kind], name="a"), 0.1)
+    full = veneer.to_lora(model, "a", 64, name="full")
+    low = veneer.to_lora(model, "a", 2, name="low")
+    assert {type(claim.method) for claim in full.adapter.claims} <= {veneer.LoRA, veneer.FullFineTuning}
+    exact, same_as, near = (change(model, name) for name in ("a", "full", "low"))
+    assert max(full.errors.values(), default=0.0) < 1e-9
+    for key in exact:
+        same(same_as[key], exact[key], rtol=1e-7, atol=1e-7)
+    for claim in low.adapter.claims:
+        if isinstance(claim.method, veneer.LoRA) and not claim.place.spans:
+            key = f"{claim.place.owner_path}.{claim.place.parameter}"
+            lost = (near[key] - exact[key]).norm() / exact[key].norm()
+            assert low.errors[claim.place.path] == pytest.approx(lost.item(), abs=1e-6)
+
+
+def test_ia3_adds_up_by_its_distance_from_one():
+    model = with_two(one=veneer.IA3(), two=veneer.IA3(), where=(None, None))
+    veneer.combine(model, {"a": 0.5, "b": 2.0}, name="c")
+    a, b, c = (veneer.adapters(model)[name].state_dict() for name in "abc")
+    for key in c:
+        same(c[key], 1 + 0.5 * (a[key] - 1) + 2 * (b[key] - 1))
+
+
+def test_other_methods_add_up_through_a_rank():
+    model = with_two(one=veneer.VeRA(rank=4), two=veneer.DoRA(rank=2))
+    with pytest.raises(AdapterError, match=r"exact only for LoRA, and there is DoRA, VeRA. Use how='svd' with a rank"):
+        veneer.combine(model, {"a": 1.0, "b": -2.0}, name="c")
+    veneer.combine(model, {"a": 1.0, "b": -2.0}, how="svd", rank=64, name="c")
+    a, b, c = (change(model, name) for name in "abc")
+    for key in c:
+        same(c[key], a[key] - 2 * b[key], rtol=1e-7, atol=1e-7)
+
+
+def test_experts_add_up_one_by_one():
+    model = with_two("mixtral", where=("*.experts", "*.experts"))
+    veneer.combine(model, {"a": 0.7, "b": 0.3}, name="c")
+    svd = veneer.combine(model, {"a": 0.7, "b": 0.3}, how="svd", rank=4, name="d")
+    a, b, c, d = (change(model, name) for name in "abcd")
+    for claim in svd.adapter.claims:
+        key = f"{claim.place.owner_path}.{claim.place.parameter}"
+        exact = 0.7 * a[key] + 0.3 * b[key]
+        same(c[key], exact)
+        s = torch.linalg.svdvals(exact)
+        same((d[key] - exact).norm(), s[..., 4:].norm(), rtol=1e-6, atol=1e-7)
+        assert svd.errors[claim.place.path] == pytest.approx(float(s[..., 4:].norm() / s.norm()), abs=1e-7)

@@ -16,7 +16,7 @@ from veneer.adapter import build, install
 from veneer.changes import Change, Thin, change, dare, dense, scaled, ties, total, truncated, whole
 from veneer.delta import Delta, Place
 from veneer.errors import AdapterError, MethodError, NotMergeable, listed
-from veneer.handle import Adapter, Claim, handle, state_of
+from veneer.handle import Adapter, Claim, handle, runs, state_of
 from veneer.methods import FullFineTuning, LoRA
 
 How = Literal["sum", "concatenate", "svd", "ties", "dare", "average"]
@@ -116,21 +116,22 @@ def to_lora(model: nn.Module, adapter: Adapter | str, rank: int, *, name: str = 
     _check_rank(rank)
     spots, kept = _matrices(model, adapter)
     owners = {spot.place.owner_path for spot in spots}
-    apart = [group[0].place.owner_path for group in kept if group[0].place.owner_path not in owners]
+    apart = [place.owner_path for place, _ in kept if place.owner_path not in owners]
     bias: Bias = "lora_only" if len(apart) < len(kept) else "none"
     claims, errors = _low_rank(spots, "svd", rank, _mixer("svd", None, None), bias)
-    for group in kept:
-        (new,) = build(FullFineTuning(), [group[0].place], group[0].where)
-        _set(new.delta, "value", whole(group))
+    for place, group in kept:
+        (new,) = build(FullFineTuning(), [place], group[0].where)
+        _set(new.delta, "value", whole(place, group))
         claims.append(new)
     return Computed(install(model, name, claims, list(dict.fromkeys(apart))), errors)
 
 
-def _matrices(model: nn.Module, adapter: Adapter) -> tuple[list[_Spot], list[list[Claim]]]:
+def _matrices(model: nn.Module, adapter: Adapter) -> tuple[list[_Spot], list[tuple[Place, list[Claim]]]]:
     """What a mergeable adapter has at each matrix of the model, and at each parameter that is none."""
     inventory = {place.key: place for place in places.weights(model).values()}
+    parameters = places.parameters(model)
     spots: dict[str, _Spot] = {}
-    kept: dict[str, list[Claim]] = {}
+    kept: dict[str, tuple[Place, list[Claim]]] = {}
     for one in adapter.claims:
         if not one.delta.mergeable:
             raise NotMergeable(
@@ -140,7 +141,9 @@ def _matrices(model: nn.Module, adapter: Adapter) -> tuple[list[_Spot], list[lis
         here = [one.place, *one.place.tied]
         matrices = [matrix for place in here if (matrix := _mapped(inventory.get(place.key)))]
         if not matrices:
-            kept.setdefault(one.place.path, []).append(one)
+            kept.setdefault(one.place.path, (one.place, []))[1].append(one)
+        if one.place.bias and type(one.delta).merge_bias is not Delta.merge_bias:
+            kept.setdefault(one.place.bias, (parameters[one.place.bias], []))[1].append(one)
         for matrix in matrices:
             rows_only = all(other.place.spans for other in adapter.claims if other.place.key == one.place.key)
             place = dataclasses.replace(one.place, map=matrix.map) if rows_only else matrix
@@ -312,15 +315,11 @@ def _average(chosen: Sequence[Part]) -> list[Claim]:
     size = sum(weight for _, weight in chosen)
     if not size:
         raise AdapterError("The weights sum to zero; a mean divides by their sum.")
-    groups: dict[tuple[int, str], list[Claim]] = {}
-    for one in first.claims:
-        groups.setdefault((id(one.method), one.where), []).append(one)
-    built = {
-        id(old): new
-        for group in groups.values()
-        for old, new in zip(group, build(group[0].method, [c.place for c in group], group[0].where), strict=True)
-    }
-    claims = [built[id(one)] for one in first.claims]
+    claims = [
+        new
+        for run in runs(first.claims)
+        for new in build(dataclasses.replace(run[0].method), [one.place for one in run], run[0].where)
+    ]
     states = [(weight / size, adapter.state_dict()) for adapter, weight in chosen]
     for key, tensor in Adapter("", first.model, claims).named_tensors():
         values = [state[key] for _, state in states]

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from veneer.delta import Place, Weight, compute_dtype, row_index
 from veneer.handle import Claim
+from veneer.layers import Stack
 from veneer.lowrank import Pair
 
 
@@ -61,24 +62,28 @@ def change(place: Place, claims: Sequence[Claim]) -> Change:
     before = place.read().to(torch.float64)  # so that the small difference of two large numbers keeps its digits
     after = before
     if any(one.method.unit == "parameter" for one in claims):
-        after = _logical(place, _whole(claims))
+        stored = _whole(place, [one for one in claims if one.method.unit == "parameter"])
+        after = place.format.logical(place.owner, stored)
     for one in sorted(claims, key=lambda one: not isinstance(one.delta, Weight)):  # as a forward does
         if one.method.unit == "weight":
             after = _merged(one, after, place)
     return _matrix(place, after - before).to(compute_dtype(place.weight.dtype))
 
 
-def whole(claims: Sequence[Claim]) -> Tensor:
-    """The parameter as these claims on it leave it, as it is stored, in the dtype that adapters are kept in."""
-    return _whole(claims).to(compute_dtype(claims[0].place.weight.dtype))
+def whole(place: Place, claims: Sequence[Claim]) -> Tensor:
+    """The parameter of this place as these claims leave it, in the dtype that adapters are kept in."""
+    return _whole(place, claims).to(compute_dtype(place.weight.dtype))
 
 
 @torch.no_grad()
-def _whole(claims: Sequence[Claim]) -> Tensor:
-    value = claims[0].place.weight.to(torch.float64)
-    for one in claims:
+def _whole(place: Place, claims: Sequence[Claim]) -> Tensor:
+    value = place.weight.to(torch.float64)
+    for one in sorted(claims, key=lambda one: one.method.unit != "parameter"):
         if one.method.unit == "parameter":
             value = one.delta.merge(value)
+        else:  # it stands on the weight beside this bias
+            rows = row_index(one.place.spans or ((0, len(value)),), value.device)
+            value = value.index_copy(0, rows, one.delta.merge_bias(value[rows]))
     return value
 
 
@@ -87,14 +92,8 @@ def _merged(one: Claim, weight: Tensor, place: Place) -> Tensor:
         return one.delta.merge(weight)
     assert one.place.spans is not None
     rows = row_index(one.place.spans, weight.device)
-    return weight.index_copy(0, rows, one.delta.merge(weight[rows]))
-
-
-def _logical(place: Place, stored: Tensor) -> Tensor:
-    """A parameter as it is stored, in its logical shape."""
-    owner = nn.Module()
-    owner.register_parameter(place.parameter, nn.Parameter(stored, requires_grad=False))
-    return place.format.read(owner, place.parameter)
+    dim = place.format.rows
+    return weight.index_copy(dim, rows, one.delta.merge(weight.index_select(dim, rows)))
 
 
 def _thin(place: Place, pair: Pair) -> Thin:
@@ -103,9 +102,7 @@ def _thin(place: Place, pair: Pair) -> Thin:
 
 def _matrix(place: Place, tensor: Tensor) -> Tensor:
     """A weight or a factor of it as the matrix that its map takes it for; a stack of matrices stays one."""
-    assert place.map is not None
-    *_, last = place.map.factors(place.shape, 2)[1]
-    return tensor if len(place.shape) == 3 and last == 2 else tensor.flatten(1)
+    return tensor if isinstance(place.map, Stack) else tensor.flatten(1)
 
 
 def truncated(change: Change, rank: int) -> tuple[Thin, float]:

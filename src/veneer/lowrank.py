@@ -10,6 +10,7 @@ as they are and keeps no float32 copy of them for backward; matrix products accu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from veneer.delta import After, Delta, Place, Weight, compute_dtype
 
 
 class Pair(Delta):
-    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s."""
+    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s; for each matrix of a stack."""
 
     mergeable = True
     fast = frozenset({"B"})
@@ -33,7 +34,8 @@ class Pair(Delta):
         a, b = self.map.factors(place.shape, rank)
         self.A = nn.Parameter(torch.empty(a, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(b, dtype=dtype, device=device))
-        _start(self.A.data, init, self.map.fan_in(place.shape))
+        for matrix in self.map.matrices(self.A.data):
+            _start(matrix, init, self.map.fan_in(place.shape))
 
     def merge(self, weight: Tensor) -> Tensor:
         return weight + self.scale * self.map.product(self.A.to(weight.dtype), self.B.to(weight.dtype))
@@ -69,3 +71,18 @@ def _start(A: Tensor, init: str, fan_in: int) -> None:
         nn.init.normal_(A, std=1 / len(A))
     else:
         nn.init.orthogonal_(A)
+
+
+class Projections(nn.Module):
+    """A [rank, widest in] and B [widest out, rank], random and frozen; every layer takes the corner it needs."""
+
+    def __init__(self, places: Sequence[Place], rank: int, seed: int) -> None:
+        super().__init__()
+        new = places[0].new
+        generator = None if new["device"].type == "meta" else torch.Generator(new["device"]).manual_seed(seed)
+        for name, shape in (
+            ("A", (rank, max(place.shape[1] for place in places))),
+            ("B", (max(place.shape[0] for place in places), rank)),
+        ):
+            bound = math.sqrt(6 / shape[1])  # Kaiming's, for a ReLU
+            self.register_buffer(name, torch.empty(shape, **new).uniform_(-bound, bound, generator=generator))

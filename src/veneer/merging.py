@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from veneer.adapter import take_off
-from veneer.delta import Weight, compute_dtype
+from veneer.delta import Delta, Weight, compute_dtype, row_index
 from veneer.errors import AdapterError, NotMergeable, listed
-from veneer.handle import Adapter, handle, in_order, state_of
+from veneer.handle import Adapter, Claim, handle, in_order, state_of
 
 
 def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
@@ -59,14 +59,24 @@ def _fold(adapter: Adapter) -> None:
                 place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
             except NotMergeable as error:
                 raise NotMergeable(f"{place.path}: {error}") from None
+            if place.bias and type(one.delta).merge_bias is not Delta.merge_bias:
+                _fold_bias(adapter, one)
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
 
 
+def _fold_bias(adapter: Adapter, claim: Claim) -> None:
+    owner, name = claim.place.owner, claim.place.bias.rpartition(".")[2]
+    bias = cast(nn.Parameter, owner._parameters[name])
+    adapter.originals.append((owner, name, bias.detach().clone()))
+    rows = row_index(claim.place.spans or ((0, len(bias)),), bias.device)
+    bias[rows] = claim.delta.merge_bias(bias[rows].to(compute_dtype(bias.dtype))).to(bias.dtype)
+
+
 @torch.no_grad()
 def _restore(adapter: Adapter) -> None:
-    for owner, name, stored in adapter.originals:
+    for owner, name, stored in reversed(adapter.originals):
         cast(nn.Parameter, owner._parameters[name]).data.copy_(stored)
     adapter.originals.clear()
 

@@ -66,16 +66,18 @@ class LoRA(Method):
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)
     unit: ClassVar[Unit] = "weight"
+    deltas: ClassVar[tuple[type[Delta], type[Delta]]] = (Beside, Inside)
 
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.rank)
         alpha = place.choose(self.alpha_pattern, self.alpha)
         scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        beside, inside = self.deltas
         if not place.functional:
-            return Beside(place, rank, scale, self.init, self.dropout)
+            return beside(place, rank, scale, self.init, self.dropout)
         if self.dropout:
             raise MethodError("The weight is read without a call that LoRA could drop inputs of. Set dropout=0.0.")
-        return Inside(place, rank, scale, self.init)
+        return inside(place, rank, scale, self.init)
 
     def check(self, places: Sequence[Place]) -> None:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
