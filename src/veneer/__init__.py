@@ -13,6 +13,11 @@ from veneer.adapter import (
     attach,
     check,
 )
+from veneer.arithmetic import (
+    Computed,
+    combine,
+    to_lora,
+)
 from veneer.counting import (
     ParameterCount,
     count_parameters,
@@ -51,6 +56,7 @@ from veneer.methods import (
     Compacter,
     DoRA,
     FullFineTuning,
+    Gated,
     LayerNormTuning,
     LoRA,
     LoRAFA,
@@ -77,9 +83,11 @@ __all__ = [
     "BitFit",
     "BottleneckAdapter",
     "Compacter",
+    "Computed",
     "Delta",
     "DoRA",
     "FullFineTuning",
+    "Gated",
     "IA3",
     "Input",
     "KeyValue",
@@ -98,6 +106,7 @@ __all__ = [
     "adapters",
     "attach",
     "check",
+    "combine",
     "count_parameters",
     "detach",
     "fuse",
@@ -105,6 +114,7 @@ __all__ = [
     "merge",
     "save",
     "start_prefix",
+    "to_lora",
     "unmerge",
     "use",
 ]
