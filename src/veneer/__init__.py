@@ -15,7 +15,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import FullFineTuning, LoRA, PromptTuning, PTuning
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -29,8 +29,10 @@ __all__ = [
     "KeyValue",
     "LoRA",
     "Method",
+    "PTuning",
     "ParameterCount",
     "Place",
+    "PromptTuning",
     "VeneerError",
     "Weight",
     "activate",

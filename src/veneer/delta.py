@@ -223,10 +223,17 @@ class KeyValue(Delta):
 
 
 class Input(Delta):
-    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e).
+
+    With `slots` of 0 that has the same shape. Otherwise it has `slots` positions in front of e, which stays as it is;
+    every token may attend to those, and ids is None where the model was given embeddings. The place then has the
+    source "stack".
+    """
+
+    slots: int = 0
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
+    def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):
@@ -277,6 +284,10 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
+        return self, delta
 
     def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
         """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -95,6 +95,17 @@ class Adapter:
             groups.setdefault(id(claim.method), []).append(claim)
         for claims in groups.values():
             claims[0].method.after_step([claim.delta for claim in claims], step)
+
+    def folded(self) -> Adapter:
+        """This adapter in the form in which it is saved: what only training needs is folded away."""
+        claims = [(claim, *claim.method.folded(claim.delta)) for claim in self.claims]
+        if all(claim.delta is delta for claim, _, delta in claims):
+            return self
+        plain = [
+            claim if claim.delta is delta else Claim(claim.where, method, replace(claim.place, shared=None), delta)
+            for claim, method, delta in claims
+        ]
+        return Adapter(self.name, self.model, plain, self.also_train)
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:

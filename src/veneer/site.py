@@ -14,11 +14,12 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,6 +29,10 @@ from veneer.errors import PlaceError, RoutingError
 CHILD = "adapters"
 hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
 """Forward pre-hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+hooks_elsewhere: dict[type[Delta], Callable[[Site], Iterable[tuple[nn.Module, When, Callable[..., Any]]]]] = {}
+"""The same for hooks on other modules than the site's: on which, whether before or after its forward, and the hook."""
+
+When = Literal["before", "after"]
 
 Rows = list[int] | None
 
@@ -97,6 +102,7 @@ class Binding:
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 class Site(nn.ModuleDict):
@@ -176,7 +182,9 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
+    site.bindings[name].append(
+        Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held, place.sources)
+    )
     _hook(place.reader, site)
 
 
@@ -209,6 +217,10 @@ def _hook(module: nn.Module, site: Site) -> None:
         for binding in bindings
         if binding.held
     ]
+    for port, elsewhere in hooks_elsewhere.items():
+        for target, when, hook in elsewhere(site) if any(issubclass(kind, port) for kind in kinds) else ():
+            register = target.register_forward_pre_hook if when == "before" else target.register_forward_hook
+            site.handles.append(register(hook, with_kwargs=True))
     if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
@@ -244,6 +256,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+        if isinstance(delta, Input) and delta.slots:
+            continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
@@ -312,3 +326,22 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             )
         k, v = delta(k, v)
     return k, v
+
+
+def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:
+    """How many positions each active `Input` delta of this site puts in front of which rows, the foremost last."""
+    acting = ((cast(Input, delta), rows) for delta, _, rows in site.deltas(Input, batch))
+    return [(delta.slots, rows) for delta, rows in acting if delta.slots]
+
+
+def in_front(site: Site, ids: Tensor | None, embeddings: Tensor) -> Tensor:
+    """The embeddings with all that `slots` names in front of them; rows that a delta does not serve get zeros there."""
+    for delta, _, rows in site.deltas(Input, embeddings):
+        if not cast(Input, delta).slots:
+            continue
+        if rows is None:
+            embeddings = delta(ids, embeddings)
+        else:
+            served = delta(None if ids is None else _take(ids, 0, rows), _take(embeddings, 0, rows))
+            embeddings = _put(F.pad(embeddings, (0, 0, cast(Input, delta).slots, 0)), 0, rows, served)
+    return embeddings

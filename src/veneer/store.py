@@ -68,6 +68,7 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    adapter = adapter.folded()
     try:
         tensors, config = peft.to_files(adapter)
     except NotInPEFT:
