@@ -215,10 +215,12 @@ def _before(
     if mask is None and slots.shown is not None:
         seen = past + tokens.shape[1] - slots.added if past else tokens.shape[1]
         mask = tokens.new_ones(len(tokens), seen, dtype=torch.long)
+    if not past:
+        mask = None if mask is None else mask[:, : tokens.shape[1]]
+        _make_room(cache, slots.added, module)
     _check(slots, mask, cache, past, tokens.shape[1])
     order = _order(slots, mask, tokens)
-    if mask is not None:
-        given["attention_mask"] = _joined(_shown(slots, mask), mask, order)
+    given["attention_mask"] = None if mask is None else _joined(_shown(slots, mask), mask, order)
     _place(given, stack, slots, tokens, order, mask, past)
     if past:
         return (), given
@@ -229,7 +231,6 @@ def _before(
     if order is not None:
         whole = whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1]))
     given |= {"input_ids": None, "inputs_embeds": whole}
-    _make_room(cache, slots.added, module)
     passage.added, passage.length = slots.added, whole.shape[1]
     return (), given
 
@@ -254,13 +255,29 @@ def _plain(mask: Any, cache: Any) -> Tensor | None:
 
 
 def _check(slots: _Slots, mask: Tensor | None, cache: Any, past: int, length: int) -> None:
-    """Refuse a cache that does not hold these slots, where the mask says how much it should hold."""
-    if past and mask is not None and not cache.is_compileable and mask.shape[1] + slots.added != past + length:
+    """Refuse a cache that does not hold these slots, or that has let go of them."""
+    if cache is None or mask is None:
+        return
+    if not cache.is_compileable:
+        if past and mask.shape[1] + slots.added != past + length:
+            raise VeneerError(
+                f"The cache holds {past} positions, but the mask counts {mask.shape[1] - length} tokens before these, "
+                f"and the adapters put {slots.added} positions in front. Start with an empty cache and keep the "
+                "same adapters."
+            )
+        return
+    layers = _layers(cache)
+    held = past + length + (0 if past else slots.added)
+    if all(layer.is_sliding for layer in layers) and held > layers[0].max_cache_len:
         raise VeneerError(
-            f"The cache holds {past} positions, but the mask counts {mask.shape[1] - length} tokens before these and "
-            f"the adapters put {slots.added} positions in front. Start with an empty cache, keep the "
-            "same adapters, and generate without an assistant."
+            f"A static cache whose layers all slide, over {layers[0].max_cache_len} positions, does not say which of "
+            f"{held} are padding, so nothing can be put in front. Use the dynamic cache."
         )
+
+
+def _layers(cache: Any) -> list[Any]:
+    """The layers of a cache for self-attention."""
+    return list(getattr(cache, "self_attention_cache", cache).layers)
 
 
 def _place(
@@ -304,11 +321,10 @@ def _place(
 
 def _make_room(cache: Any, added: int, stack: Any) -> None:
     """A static cache that is not yet laid out gets `added` more positions; `generate` made it for the tokens."""
-    own = getattr(cache, "self_attention_cache", cache)
-    if own is None or not own.is_compileable:
+    if cache is None or not cache.is_compileable:
         return
     window = getattr(stack.config.get_text_config(decoder=True), "sliding_window", None)
-    for layer in own.layers:
+    for layer in _layers(cache):
         if not layer.is_initialized:
             longer = layer.max_cache_len + added
             layer.max_cache_len = min(longer, window) if layer.is_sliding else longer
