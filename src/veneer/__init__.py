@@ -61,6 +61,8 @@ from veneer.methods import (
     LoRA,
     LoRAFA,
     PrefixTuning,
+    PromptTuning,
+    PTuning,
     VeRA,
 )
 from veneer.routing import (
@@ -96,9 +98,11 @@ __all__ = [
     "LoRAFA",
     "Method",
     "OFT",
+    "PTuning",
     "ParameterCount",
     "Place",
     "PrefixTuning",
+    "PromptTuning",
     "VeRA",
     "VeneerError",
     "Weight",

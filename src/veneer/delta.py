@@ -259,10 +259,17 @@ class KeyValue(Delta):
 
 
 class Input(Delta):
-    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e).
+
+    With `slots` of 0 that has the same shape. Otherwise it has `slots` positions in front of e, which stays as it is;
+    every token may attend to those, and ids is None where the model was given embeddings. The place then has the
+    source "stack".
+    """
+
+    slots: int = 0
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
+    def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):

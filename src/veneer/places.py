@@ -4,6 +4,7 @@
                     read off the model's data flow (transformers models)
     linear, block   every linear map in the repeated blocks, never the head
     embedding, head the token embedding, the projection over the vocabulary
+    input           the token embedding that a forward reads first: the encoder's where the decoder has one, too
     norm            every module whose weight is a vector
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
@@ -25,13 +26,13 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, rotary, transformers, written
+from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
     *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
     *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
-    *("linear", "block", "embedding", "head", "norm"),
+    *("linear", "block", "embedding", "input", "head", "norm"),
 )
 
 
@@ -117,8 +118,13 @@ def parameters(model: nn.Module) -> dict[str, Place]:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Place]:
-    tables = set(_tables(model))
-    return {path: place for path, place in weights(model).items() if path in tables}
+    """The token embeddings, each with the modules around it that its positions pass through."""
+    tables, blocks = _tables(model), anatomy.repeated(model)
+    return {
+        path: dataclasses.replace(place, sources=inputs.sources(model, path, tables, blocks))
+        for path, place in weights(model).items()
+        if path in tables
+    }
 
 
 def _tables(model: nn.Module) -> tuple[str, ...]:
@@ -223,8 +229,8 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in anatomy.repeated(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
-    if role == "embedding":
-        tables = _tables(model)
+    if role in ("embedding", "input"):
+        tables = _tables(model)[: 1 if role == "input" else None]
         return [place for place in inventory.values() if place.owner_path in tables]
     if role == "norm":
         return [place for place in inventory.values() if _is_norm(place.owner)]

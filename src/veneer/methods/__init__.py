@@ -13,6 +13,8 @@ from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.oft import OFT
 from veneer.methods.prefix import PrefixTuning
+from veneer.methods.prompt import PromptTuning
+from veneer.methods.ptuning import PTuning
 from veneer.methods.vera import VeRA
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "OFT",
+    "PTuning",
     "PrefixTuning",
+    "PromptTuning",
     "VeRA",
 ]
