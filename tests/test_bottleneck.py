@@ -287,9 +287,89 @@ def test_a_layer_that_is_not_there_is_named():
         veneer.activate(model, adapter, drop_layers=range(4))
 
 
-def test_a_merged_adapter_cannot_be_dropped():
+def test_a_merged_adapter_cannot_be_dropped_nor_a_dropped_one_merged():
     model = FAMILIES["llama"].model()
     adapter = veneer.attach(model, veneer.LoRA(rank=2))
+    veneer.activate(model, adapter, drop_layers=[1])
+    with pytest.raises(veneer.errors.AdapterError, match=r"left out of model\.layers\.1\.self_attn\.q_proj"):
+        veneer.merge(model, adapter)
+    veneer.activate(model, adapter)
     veneer.merge(model, adapter)
     with pytest.raises(veneer.errors.AdapterError, match="merged into the weights"):
         veneer.activate(model, adapter, drop_layers=[0])
+
+
+def test_what_is_left_to_the_base_is_said_and_is_no_fault():
+    model = FAMILIES["llama"].model()
+    adapter = attached(model, "parallel")
+    veneer.activate(model, adapter, drop_layers=[1])
+    assert "nothing acts at 2 of its places (drop_layers)" in adapter.summary()
+    assert veneer.check(model, text()) == []
+
+
+def test_compacter_is_a_bottleneck_with_kronecker_products():
+    model = FAMILIES["llama"].model()
+    adapter = veneer.attach(model, veneer.Compacter(width=8, terms=4, rank=2, activation="tanh"))
+    perturb(adapter)
+    own = adapter.state_dict()
+    part = {key.rpartition(".")[2]: value for key, value in own.items() if "layers.1." in key}
+    kron = lambda side: sum(  # noqa: E731
+        torch.kron(own["shared.0.A"][i], part[f"{side}_s"][i] @ part[f"{side}_t"][i]) for i in range(4)
+    )
+    y = torch.randn(3, 5, 32, dtype=torch.float64)
+    expected = y + torch.tanh(y @ kron("down").T + part["down_bias"]) @ kron("up").T + part["up_bias"]
+    torch.testing.assert_close(adapter.claims[1].delta(y, y), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_compacter_counts_on_t5_base():
+    """Two adapters of width 24 in each of 24 blocks; the paper's 0.073% counts the 62 norms, which train too."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12))
+    veneer.attach(model, veneer.Compacter(), "attention | mlp")
+    one = 2 * (768 + 24) + 24 + 768
+    count = veneer.count_parameters(model)
+    assert count.trainable == 48 * one + 4**3 == 114_112
+    assert round(100 * (count.trainable + 62 * 768) / (count.total - count.trainable), 3) == 0.073
+
+
+def test_compacter_terms_divide_the_widths():
+    with pytest.raises(veneer.errors.MethodError, match="terms=3 does not divide both 32 and the width 6"):
+        veneer.attach(FAMILIES["llama"].model(), veneer.Compacter(width=6, terms=3))
+
+
+def test_compacters_share_too_much_to_be_fused_but_stack():
+    model = FAMILIES["llama"].model()
+    for name in ("one", "two"):
+        perturb(veneer.attach(model, veneer.Compacter(width=8), name=name))
+    with pytest.raises(veneer.errors.MethodError, match="share no weights"):
+        veneer.fuse(model, ["one", "two"])
+    veneer.activate(model, "one", "two")
+    expected = logits(model, text())
+    stack = veneer.fuse(model, ["one", "two"], how="stack", name="stack")
+    torch.testing.assert_close(logits(model, text()), expected, rtol=1e-12, atol=1e-12)
+    assert len([key for key in stack.state_dict() if key.startswith("shared.")]) == 2
+
+
+def test_where_the_norm_of_the_sum_is():
+    """Post-norm blocks have one after each sum, also behind a reshape; others go on with the sum."""
+    from transformers import FalconConfig, FalconForCausalLM, OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY}
+    opt = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    models = {
+        "post": OPTForCausalLM(OPTConfig(**sizes, **opt, do_layer_norm_before=False)),
+        "pre": OPTForCausalLM(OPTConfig(**sizes, **opt)),
+        "parallel": FalconForCausalLM(FalconConfig(**sizes, parallel_attn=True)),
+        "bert": FAMILIES["bert"].model(),
+    }
+    paths = {}
+    for name, model in models.items():
+        adapter = veneer.attach(model, veneer.BottleneckAdapter(width=4), EVERYWHERE)
+        named = {module: path for path, module in model.named_modules()}
+        paths[name] = [named.get(claim.place.norm, "").rpartition("layers.1.")[2] for claim in adapter.claims]
+        assert [claim.place.layer for claim in adapter.claims] == [0, 0, 1, 1]
+    assert paths["post"][2:] == ["self_attn_layer_norm", "final_layer_norm"]
+    assert paths["pre"] == paths["parallel"] == [""] * 4
+    assert paths["bert"][3] == "bert.encoder.layer.1.output.LayerNorm"

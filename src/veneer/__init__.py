@@ -53,17 +53,22 @@ from veneer.methods import (
     AdapterFusion,
     BitFit,
     BottleneckAdapter,
+    Compacter,
     DoRA,
     FullFineTuning,
     Gated,
     LayerNormTuning,
     LoRA,
     LoRAFA,
+    PrefixTuning,
     VeRA,
 )
 from veneer.routing import (
     activate,
     use,
+)
+from veneer.starts import (
+    start_prefix,
 )
 from veneer.store import (
     load,
@@ -77,6 +82,7 @@ __all__ = [
     "Before",
     "BitFit",
     "BottleneckAdapter",
+    "Compacter",
     "Computed",
     "Delta",
     "DoRA",
@@ -92,6 +98,7 @@ __all__ = [
     "OFT",
     "ParameterCount",
     "Place",
+    "PrefixTuning",
     "VeRA",
     "VeneerError",
     "Weight",
@@ -106,6 +113,7 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "start_prefix",
     "to_lora",
     "unmerge",
     "use",

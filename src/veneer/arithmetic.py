@@ -119,8 +119,9 @@ def to_lora(model: nn.Module, adapter: Adapter | str, rank: int, *, name: str = 
     apart = [place.owner_path for place, _ in kept if place.owner_path not in owners]
     bias: Bias = "lora_only" if len(apart) < len(kept) else "none"
     claims, errors = _low_rank(spots, "svd", rank, _mixer("svd", None, None), bias)
+    method = FullFineTuning()
     for place, group in kept:
-        (new,) = build(FullFineTuning(), [place], group[0].where)
+        (new,) = build(method, [place], group[0].where)
         _set(new.delta, "value", whole(place, group))
         claims.append(new)
     return Computed(install(model, name, claims, list(dict.fromkeys(apart))), errors)
@@ -218,13 +219,13 @@ def _sorted_out(chosen: Sequence[Part]) -> tuple[list[_Spot], list[_Spot]]:
     for adapter, weight in chosen:
         mine: dict[str, list[Claim]] = {}
         for one in adapter.claims:
-            if not (one.delta.additive or (one.delta.mergeable and one.method.unit == "weight")):
+            if not (one.delta.linear or (one.delta.mergeable and one.method.unit == "weight")):
                 raise AdapterError(
                     f"{type(one.method).__name__} at {one.place.path} of '{adapter.name}' changes no weight that could "
                     'add up. Only how="average" combines such methods.'
                 )
-            kind, other = keys.setdefault(one.place.key, (one.delta.additive, adapter.name))
-            if kind != one.delta.additive:
+            kind, other = keys.setdefault(one.place.key, (one.delta.linear, adapter.name))
+            if kind != one.delta.linear:
                 raise AdapterError(
                     f"'{other}' and '{adapter.name}' change {one.place.path} by methods of different kinds, one by low "
                     "ranks and one entry by entry. Bring both to LoRA by veneer.to_lora first."
@@ -232,9 +233,9 @@ def _sorted_out(chosen: Sequence[Part]) -> tuple[list[_Spot], list[_Spot]]:
             mine.setdefault(one.place.path, []).append(one)
         for path, claims in mine.items():
             first = claims[0]
-            place = first.place if first.delta.additive else _mapped(first.place)
+            place = first.place if first.delta.linear else _mapped(first.place)
             assert place is not None
-            spot = (valued if first.delta.additive else spots).setdefault(path, _Spot(place, first.where))
+            spot = (valued if first.delta.linear else spots).setdefault(path, _Spot(place, first.where))
             spot.parts.append((weight, claims))
     return list(spots.values()), list(valued.values())
 
@@ -258,6 +259,7 @@ def _low_rank(
     """A LoRA of scale 1 at each spot, and what it leaves out."""
     claims: list[Claim] = []
     errors: dict[str, float] = {}
+    methods: dict[int, LoRA] = {}
     for spot in spots:
         path = spot.place.path
         mixed = mix([(weight, change(spot.place, group)) for weight, group in spot.parts])
@@ -273,7 +275,8 @@ def _low_rank(
                 f"The sum at {path} is exact only for LoRA, and there is {listed(sorted(kinds))}. Use how='svd' with a "
                 "rank."
             )
-        (new,) = build(LoRA(rank=thin.rank, alpha=float(thin.rank), bias=bias), [spot.place], spot.where)
+        method = methods.setdefault(thin.rank, LoRA(rank=thin.rank, alpha=float(thin.rank), bias=bias))
+        (new,) = build(method, [spot.place], spot.where)
         _set(new.delta, "A", thin.A)
         _set(new.delta, "B", thin.B)
         claims.append(new)
@@ -301,7 +304,7 @@ def _average(chosen: Sequence[Part]) -> list[Claim]:
     """The claims of the first part, built anew, with the weighted mean of all parts' tensors."""
     first, *others = [adapter for adapter, _ in chosen]
     for one in first.claims:
-        if one.delta.mergeable and not one.delta.additive:
+        if one.delta.mergeable and not one.delta.linear:
             raise AdapterError(
                 f"{type(one.method).__name__} multiplies what it trains, and the mean of factors is not the mean of "
                 "products. Use how='sum' with weights that sum to 1, or how='svd'."

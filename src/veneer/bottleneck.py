@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from veneer.delta import After, Place
+from veneer.errors import MethodError
 
 Placement = Literal["serial", "parallel", "after_residual"]
 Activation = Literal["relu", "gelu", "silu", "tanh", "leaky_relu"]
@@ -38,8 +39,10 @@ _ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
-def width_of(place: Place, width: int | None, reduction_factor: float) -> int:
+def width_of(place: Place, width: int | None, reduction_factor: float, default: float) -> int:
     """The bottleneck's width: as given, or the sublayer's divided by the factor, and at least 1."""
+    if width and reduction_factor != default:
+        raise MethodError("width and reduction_factor say the same thing twice. Leave one of them out.")
     return width or max(1, int(place.shape[0] / reduction_factor))
 
 
@@ -97,6 +100,55 @@ class Bottleneck(nn.Module):
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(like.dtype)
+
+
+class Rules(nn.Module):
+    """The small matrices A [terms, terms, terms] that all places share; a call gives them."""
+
+    def __init__(self, place: Place, terms: int) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(terms, terms, terms, **place.new).normal_(std=0.01))
+
+    def forward(self) -> Tensor:
+        return self.A
+
+
+class Kronecker(Bottleneck):
+    """A bottleneck with W = Σ_i A_i ⊗ (s_i·t_i) for down and up; up's t starts at zero."""
+
+    def __init__(self, place: Place, width: int, rank: int, activation: Activation, dropout: float) -> None:
+        self.rank = rank
+        super().__init__(place, width, activation, dropout)
+        vars(self)["rules"] = place.shared  # kept, not owned
+
+    def factors(self, place: Place, width: int) -> None:
+        assert isinstance(place.shared, Rules)
+        terms, (outer,) = len(place.shared.A), place.shape
+        parts = {"down": (width // terms, outer // terms), "up": (outer // terms, width // terms)}
+        for name, (rows, columns) in parts.items():
+            self.register_parameter(f"{name}_s", _glorot(torch.empty(terms, rows, self.rank, **place.new)))
+            self.register_parameter(f"{name}_t", _glorot(torch.empty(terms, self.rank, columns, **place.new)))
+        nn.init.zeros_(self.up_t)
+
+    down_s: nn.Parameter
+    down_t: nn.Parameter
+    up_s: nn.Parameter
+    up_t: nn.Parameter
+    rules: nn.Module
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        rules = self.rules().to(self.up_t.device)
+        return _sum(rules, self.down_s @ self.down_t), _sum(rules, self.up_s @ self.up_t)
+
+
+def _glorot(empty: Tensor) -> nn.Parameter:
+    bound = (6 / (empty.shape[1] + empty.shape[2])) ** 0.5
+    return nn.Parameter(empty.uniform_(-bound, bound))
+
+
+def _sum(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_i left_i ⊗ right_i."""
+    return torch.einsum("nab,ncd->acbd", left, right).flatten(0, 1).flatten(1)
 
 
 class Branch(After):

@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from veneer.errors import MethodError
+from veneer.errors import MethodError, UnreadableModel
 from veneer.patterns import matcher
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Place:
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
-    `shared` is what `Method.share` made for all its places.
+    `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
+    if at all.
     """
 
     path: str
@@ -86,6 +87,7 @@ class Place:
     sources: Mapping[str, Source] = field(default_factory=dict)
     norm: nn.Module | None = None
     shared: nn.Module | None = None
+    turn: Callable[[Tensor, int], Tensor] | None = None
 
     @property
     def weight(self) -> nn.Parameter:
@@ -111,6 +113,15 @@ class Place:
         """Path of the bias beside the weight, or the empty string."""
         name = self.format.bias(self.parameter)
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
+
+    def turned(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [kv_heads, length, width] of this attention as they are `by` positions further on.
+
+        Raises UnreadableModel where keys are not rotated by their position.
+        """
+        if self.turn is None:
+            raise UnreadableModel(f"{self.path} has no keys that could be turned.")
+        return self.turn(keys, by)
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob or `re:` regex names this place or the module it lies in."""
@@ -139,6 +150,12 @@ class Place:
         """What multiplies activations by the base weight at every call, however the weight is stored."""
         return Product(self)
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether two places share the thing, and rows of it."""
+        if self.key != other.key or self.spans is None or other.spans is None:
+            return self.key == other.key
+        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
+
     def write(self, weight: Tensor) -> None:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
@@ -157,14 +174,10 @@ class Product:
         y = self.place.format.multiply(self.place.owner, self.place.parameter, x)
         return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
 
-    def dtype(self, default: torch.dtype) -> torch.dtype:
-        """The dtype the weight is stored in; where it is packed, `default`."""
-        stored = self.place.weight.dtype
-        return stored if stored.is_floating_point else default
-
     def bias(self) -> Tensor | None:
-        """The base's bias beside the weight (its rows), or None."""
-        bias = self.place.owner._parameters.get(self.place.format.bias(self.place.parameter))
+        """The bias beside the weight (its rows) as this forward reads it, or None."""
+        owner, name = self.place.owner, self.place.format.bias(self.place.parameter)
+        bias = owner.__dict__.get(name, owner._parameters.get(name))
         return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
@@ -181,15 +194,18 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `additive` that its effect is linear in how far its parameters are from their
-    start, which is always the same, so that trained ones add up parameter by parameter. `fast` names the parameters
-    that LoRA+ trains at a larger rate. `still` names parameters (or the modules that hold them) that are saved with the
-    adapter and never trained; persistent buffers are saved too. `reads` names the source of the place that `x` is taken
-    from; empty means the module's first argument.
+    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `linear`
+    that its effect is linear in how far its parameters are from their start, which is always the same, so that several
+    trained ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then
+    stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
+    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
+    names the source of the place that `x` is taken from; empty means the module's first argument.
     """
 
     mergeable: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
@@ -211,7 +227,7 @@ class Delta(nn.Module, ABC):
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
 
     def merge_bias(self, bias: Tensor) -> Tensor:
-        """The bias beside the weight as the merged layer needs it; most deltas leave it."""
+        """The base's bias beside the weight with this delta folded in; most leave it as it is."""
         return bias
 
     forward: Callable[..., Any]  # each port declares what it is called with
@@ -234,7 +250,8 @@ class After(Delta):
 class KeyValue(Delta):
     """Attention over k, v [batch, kv_heads, length, head_dim] becomes attention over delta(k, v).
 
-    The delta may put `n` positions in front of both; every query may attend to those.
+    The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
+    tensors are cast to the dtype and device of k and v.
     """
 
     @abstractmethod
@@ -287,6 +304,10 @@ class Method(ABC):
     def build(self, place: Place) -> Delta:
         """The delta for one place, on the place's device and in `compute_dtype` of its weight."""
 
+    def select(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Those of the places a `where` names that this method acts on; MethodError where none is left."""
+        return places
+
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
         return None
@@ -296,6 +317,10 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
+        return self, delta
 
     def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
         """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""

@@ -41,6 +41,10 @@ class LinearMap(ABC):
         """The factor's independent parts: itself, or one of each matrix of a stack."""
         return (A,)
 
+    def along(self, v: Tensor) -> Tensor:
+        """A vector over inputs or outputs, shaped so that it multiplies activations feature by feature."""
+        return v
+
     @abstractmethod
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """The activations through the first factor."""
@@ -108,6 +112,9 @@ class Convolution(LinearMap):
     dilation: tuple[int, ...]
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     edges: tuple[int, ...] = ()
+
+    def along(self, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(self.stride))
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         convolve = _CONVOLUTIONS[len(self.stride)]

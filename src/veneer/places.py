@@ -15,6 +15,7 @@ A text means only places that the method acts on; naming none of those is an err
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from torch import nn
@@ -24,7 +25,7 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, transformers
+from veneer.seams import anatomy, attention, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
@@ -136,8 +137,11 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}
+    shapes = {s.module: s.heads for s in read.sublayers if s.heads and not s.registered}
+    refused = written.check(model, shapes)
     for sublayer in read.sublayers:
-        if sublayer.registered and sublayer.roles["k"] and sublayer.module not in found:
+        reached = sublayer.registered or (sublayer.heads and not refused)
+        if reached and sublayer.roles.get("k") and sublayer.module not in found:
             key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
             reader = named[sublayer.module]
             found[sublayer.module] = dataclasses.replace(
@@ -147,8 +151,9 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 reader_path=sublayer.module,
                 reader=reader,
                 shape=sublayer.heads,
-                functional=False,
+                functional=not sublayer.registered,
                 layer=read.layer(sublayer.ends.blocks),
+                turn=functools.partial(rotary.turn, model, sublayer.module),
             )
     return found
 
@@ -212,6 +217,8 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
 def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
     if unit in ("attention", "sublayer"):
         kinds = _kinds(model, unit)
+        if unit == "attention":
+            _refuse_unreached(model, role, inventory)
         return [place for path, place in inventory.items() if kinds[path] == role or role == "block"]
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in anatomy.repeated(model))
@@ -231,6 +238,21 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
         if place is not None:
             found.append(place.restricted(part.spans, short) if part.spans else place)
     return found
+
+
+def _refuse_unreached(model: nn.Module, role: str, inventory: dict[str, Place]) -> None:
+    """Raise where a role means attentions whose keys and values cannot be reached: none is left out in silence."""
+    sublayers = [
+        s for s in anatomy.read(model).sublayers if s.kind == role or (role == "block" and "mlp" not in s.kind)
+    ]
+    missing = [s for s in sublayers if s.module not in inventory]
+    if missing:
+        shapes = {s.module: s.heads for s in anatomy.read(model).sublayers if s.heads and not s.registered}
+        reason = written.check(model, shapes) if missing[0].heads else "its keys and values do not show"
+        raise UnreadableModel(
+            f"{missing[0].module} of {type(model).__name__} attends in code of its own, in front of which no keys can "
+            f"stand: {reason}. Use a method on weights, such as LoRA, there."
+        )
 
 
 def _kinds(model: nn.Module, unit: Unit) -> dict[str, str]:

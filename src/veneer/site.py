@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,8 +27,8 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, S
 from veneer.errors import PlaceError, RoutingError
 
 CHILD = "adapters"
-hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
-"""Forward pre-hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
+"""What registers the hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
 
 Rows = list[int] | None
 
@@ -109,6 +110,8 @@ class Binding:
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
+    attends: tuple[int, ...] = ()
+    """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
 
 
 class Site(nn.ModuleDict):
@@ -188,8 +191,9 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
+    attends = place.shape if place.unit == "attention" and place.functional else ()
     site.bindings[name].append(
-        Binding(place.path, next(below, ""), place.parameter, place.format, place.spans, place.item, held)
+        Binding(place.path, next(below, ""), place.parameter, place.format, place.spans, place.item, held, attends)
     )
     _hook(place.reader, site)
 
@@ -211,9 +215,10 @@ def _hook(module: nn.Module, site: Site) -> None:
         handle.remove()
     kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
     site.handles = [
-        module.register_forward_pre_hook(hook)
-        for port, hook in hooks_by_port.items()
+        handle
+        for port, register in hooks_by_port.items()
         if any(issubclass(kind, port) for kind in kinds)
+        for handle in register(module, site)
     ]
     site.handles += [
         binding.held.source.module.register_forward_pre_hook(
@@ -225,11 +230,12 @@ def _hook(module: nn.Module, site: Site) -> None:
     ]
     if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
-        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
     if any(issubclass(kind, Before) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
     if any(issubclass(kind, (After, Input)) for kind in kinds):
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
+    if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
+        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -322,13 +328,28 @@ def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             module.get_submodule(binding.owner).__dict__.pop(binding.parameter, None)
 
 
-def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them."""
-    for delta, binding, rows in site.deltas(KeyValue, k):
+def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them.
+
+    The third is which row of the batch sees which of the positions that came in front, [batch, added]; None where all
+    see all. A row that an adapter does not serve gets empty positions there, which it does not see.
+    """
+    seen: Tensor | None = None
+    front = 0
+    for delta, _, rows in site.deltas(KeyValue, k):
+        if rows is None:
+            wide_k, wide_v = delta(k, v)
+        else:
+            wide_k, wide_v = delta(_take(k, 0, rows), _take(v, 0, rows))
+        added = wide_k.shape[2] - k.shape[2]
         if rows is not None:
-            raise RoutingError(
-                f"{binding.path} attends to keys of another length with this adapter than without it, so rows cannot "
-                "differ there yet. Run the rows apart."
-            )
-        k, v = delta(k, v)
-    return k, v
+            wide_k = _put(F.pad(k, (0, 0, added, 0)), 0, rows, wide_k)
+            wide_v = _put(F.pad(v, (0, 0, added, 0)), 0, rows, wide_v)
+        if rows is not None or seen is not None:
+            before = k.new_ones(len(k), front, dtype=torch.bool) if seen is None else seen
+            served = k.new_full((len(k), added), rows is None, dtype=torch.bool)
+            if rows is not None:
+                served = _put(served, 0, rows, served.new_ones(len(rows), added))
+            seen = torch.cat([served, before], dim=1)
+        k, v, front = wide_k, wide_v, front + added
+    return k, v, seen

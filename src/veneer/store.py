@@ -68,22 +68,27 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    adapter = adapter.folded()
+    contents = {}
+    name = OWN_TENSORS
     try:
         tensors, config = peft.to_files(adapter)
+        contents = {PEFT_TENSORS: _packed(tensors), PEFT_CONFIG: files.to_json(config)}
+        name = OWN_TENSORS if config["peft_type"] in peft.ROUNDED else PEFT_TENSORS
     except NotInPEFT:
-        tensors, config = adapter.state_dict(), None
-    name = OWN_TENSORS if config is None else PEFT_TENSORS
-    packed = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, metadata={"format": "pt"}
-    )
-    contents = {name: packed}
-    if config is not None:
-        contents[PEFT_CONFIG] = files.to_json(config)
-    contents[RECIPE] = files.to_json(_recipe(adapter, name, packed).model_dump())
+        pass
+    if name == OWN_TENSORS:
+        contents = {OWN_TENSORS: _packed(adapter.state_dict()), **contents}
+    contents[RECIPE] = files.to_json(_recipe(adapter, name, contents[name]).model_dump())
     files.write(folder, contents)
     for stale in {OWN_TENSORS, PEFT_TENSORS, PEFT_CONFIG} - contents.keys():
         (folder / stale).unlink(missing_ok=True)
     return folder
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
 def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
@@ -126,8 +131,9 @@ def _place(place: Place) -> _Place:
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
     """Attach the adapter of a folder, or of a Hub id, and make it the active one.
 
-    Reads Veneer's folders and Hugging Face PEFT's LoRA folders, safetensors only. Every key, shape and number is
-    checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming file and key.
+    Reads Veneer's folders and Hugging Face PEFT's LoRA and prefix tuning folders, safetensors only. Every key, shape
+    and number is checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming
+    file and key.
     """
     path = _located(folder, revision)
     if (path / RECIPE).exists():

@@ -20,6 +20,7 @@ SUBJECTS = {
         where=EVERYWHERE,
         impossible=UNMERGED,
     ),
+    "Compacter": Subject(veneer.Compacter(width=8, rank=2), where=EVERYWHERE, impossible=UNMERGED),
     "AdapterFusion": Subject(
         veneer.AdapterFusion(
             parts={

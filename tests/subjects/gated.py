@@ -14,8 +14,7 @@ SUBJECTS = {
         veneer.Gated(veneer.BottleneckAdapter(width=4, placement="after_residual", activation="gelu")),
         impossible=UNMERGED,
     ),
+    "Gated-PrefixTuning": Subject(
+        veneer.Gated(veneer.PrefixTuning(length=3, std=0.5)), identity=False, impossible=UNMERGED
+    ),
 }
-if "PrefixTuning" in veneer.__all__:
-    SUBJECTS["Gated-PrefixTuning"] = Subject(
-        veneer.Gated(veneer.PrefixTuning(length=3)), identity=False, impossible=UNMERGED
-    )

@@ -11,6 +11,5 @@ SUBJECTS = {
     "LoRA-rs-bias": Subject(
         veneer.LoRA(rank=3, alpha=6.0, use_rslora=True, bias="all", init="orthogonal"), families=BIASED, impossible=ROWS
     ),
-    "DoRA": Subject(veneer.DoRA(rank=4)),
     "FullFineTuning": Subject(veneer.FullFineTuning(), impossible=ROWS | STORED),
 }

@@ -78,8 +78,8 @@ class Format(ABC):
         """The weight as a dense tensor in its logical shape; may share memory with the stored one."""
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
-        """x·Wᵀ without the bias, for a weight of two dimensions; gradients flow to x."""
-        return F.linear(x, self.read(owner, parameter).to(x.dtype))
+        """x·Wᵀ without the bias, all but W's first dimension taken as one; gradients flow to x."""
+        return F.linear(x, self.read(owner, parameter).flatten(1).to(x.dtype))
 
     @abstractmethod
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:

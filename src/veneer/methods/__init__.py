@@ -2,6 +2,7 @@
 
 from veneer.methods.bitfit import BitFit
 from veneer.methods.bottleneck import BottleneckAdapter
+from veneer.methods.compacter import Compacter
 from veneer.methods.dora import DoRA
 from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
@@ -11,12 +12,14 @@ from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.oft import OFT
+from veneer.methods.prefix import PrefixTuning
 from veneer.methods.vera import VeRA
 
 __all__ = [
     "AdapterFusion",
     "BitFit",
     "BottleneckAdapter",
+    "Compacter",
     "DoRA",
     "FullFineTuning",
     "Gated",
@@ -25,5 +28,6 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "OFT",
+    "PrefixTuning",
     "VeRA",
 ]

@@ -9,7 +9,6 @@ from pydantic import Field
 
 from veneer.bottleneck import Activation, Beside, Bottleneck, Placement, Scaling, width_of
 from veneer.delta import Delta, Method, Place, Unit
-from veneer.errors import MethodError
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,6 @@ class BottleneckAdapter(Method):
         return cls(width=width, placement="after_residual", activation="gelu", scaling="channel")
 
     def build(self, place: Place) -> Delta:
-        if self.width and self.reduction_factor != 16.0:
-            raise MethodError("width and reduction_factor say the same thing twice. Leave one of them out.")
-        width = width_of(place, self.width, self.reduction_factor)
+        width = width_of(place, self.width, self.reduction_factor, type(self).reduction_factor)
         options = (self.activation, self.dropout, self.scaling, self.bias, self.norm)
         return Beside(place, self.placement, Bottleneck(place, width, *options))

@@ -1,4 +1,4 @@
-"""DoRA: LoRA that trains the direction of each weight row and its length apart."""
+"""DoRA: LoRA for the direction of every weight row, and a trained length for it."""
 
 from __future__ import annotations
 
@@ -8,89 +8,93 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.delta import After, Delta, Place, Weight
-from veneer.errors import MethodError
-from veneer.lowrank import Pair
+from veneer.delta import Place, Product
+from veneer.lowrank import Beside, Inside, Pair
 from veneer.methods.lora import LoRA
 
 
-class _Directed(Pair):
-    """A and B as in LoRA, and m [out], the length of each row of W'."""
+class _Rows(Pair):
+    """m, the length of each row of W', which starts as that of W's; `squares` are the squared lengths of W's rows."""
 
-    def __init__(self, place: Place, *pair: Any) -> None:
-        super().__init__(place, *pair)
-        if len(place.shape) != 2:
-            raise MethodError("DoRA needs a weight of two dimensions, and this one has more. Attach LoRA there.")
-        self.base = place.product()
-        self.squared: Tensor
-        self.register_buffer("squared", place.read().to(self.A.dtype).square().sum(1).detach(), persistent=False)
-        self.m = nn.Parameter(self.squared.sqrt())
+    additive, measures = False, True
+    product: Product
 
-    def merge(self, weight: Tensor) -> Tensor:
-        changed = super().merge(weight)
-        turned: Tensor = changed * (self.m.to(weight.dtype) / changed.detach().norm(dim=1)).unsqueeze(1)
-        return turned
+    def __init__(self, place: Place, *options: Any) -> None:
+        super().__init__(place, *options)
+        self.borrow(product=place.product())
+        start = self.B.new_zeros(place.shape[0])
+        squares = start if start.is_meta else place.read().flatten(1).to(start).pow(2).sum(1)
+        self.register_buffer("squares", squares, persistent=False)
+        self.m = nn.Parameter(squares.sqrt())
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """Row lengths of W + s·B·A from ||W||² + 2s·<W, B·A> + s²·||B·A||², with W only ever multiplied by."""
-        stored = self.base.dtype(self.A.dtype)
-        crossed = (self.base(self.A.to(stored)).T.to(self.B.dtype) * self.B).sum(1)
-        own = ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
-        return (self.squared + 2 * self.scale * crossed + self.scale**2 * own).clamp(min=0).sqrt()
+        """Those of the rows of W + s·B·A: |W|² + 2s·<W, B·A> + s²·|B·A|², none of which forms the product B·A."""
+        A, B, W = self.A.flatten(1), self.B.flatten(1), self.product.place.weight
+        crossed = self.product(A.to(W.dtype) if W.is_floating_point() else A).T.to(B.dtype) * B
+        squares: Tensor = self.get_buffer("squares") + (
+            2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T)) * B
+        ).sum(1)
+        return torch.sqrt(squares.clamp_min(torch.finfo(squares.dtype).tiny))
+
+    def merge(self, weight: Tensor) -> Tensor:
+        changed = super().merge(weight)
+        lengths = changed.detach().flatten(1).pow(2).sum(1).sqrt().clamp_min(torch.finfo(weight.dtype).tiny)
+        return changed * (self.m.to(weight.dtype) / lengths).view(-1, *[1] * (weight.dim() - 1))
 
 
-class _BesideDirected(_Directed, After):
-    """y + (t - 1)·(y - b) + t·B(s·A(dropout(x))), t = m / ||W + s·B·A||."""
+class _Beside(_Rows, Beside):
+    """y + (g-1)·(y - bias) + g·s·B·A·x with g = m / |W + s·B·A|."""
 
-    def __init__(self, place: Place, rank: int, scale: float, init: str, dropout: float) -> None:
-        super().__init__(place, rank, scale, init)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if x.is_floating_point():
-            x = self.dropout(x.to(y.dtype))
-        bias = self.base.bias()
-        turn = (self.m / self.lengths()).to(y.dtype)
-        change = self.map.up(self.map.down(x, self.A.to(y.dtype)) * self.scale, self.B.to(y.dtype))
-        return y + (turn - 1) * (y if bias is None else y - bias) + turn * change
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        g = self.m / self.lengths()
+        plain = y if (bias := self.product.bias()) is None else y - self.map.along(bias.to(y.dtype))
+        if self.training and self.dropout.p and x.is_floating_point():  # PEFT's: the base's part sees dropped inputs
+            W = self.product.place
+            plain = self.product(x) if len(W.shape) == 2 else self.map.down(x, W.read().to(x.dtype))
+        B = (self.scale * g.view(-1, *[1] * (self.B.dim() - 1)) * self.B).to(y.dtype)
+        return y + self.map.along((g - 1).to(y.dtype)) * plain + self.map.up(self.map.down(x, self.A.to(y.dtype)), B)
 
 
-class _InsideDirected(_Directed, Weight):
-    """m · (w + s·B·A) / ||w + s·B·A||."""
-
-    def forward(self, w: Tensor) -> Tensor:
-        return self.merge(w)
+class _Inside(_Rows, Inside):
+    """m · (w + s·B·A) / |w + s·B·A|."""
 
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """Weight-decomposed low-rank adaptation: a low-rank change of every row's direction, and a trained length.
+    """Weight-decomposed low-rank adaptation: LoRA turns each row of a weight, and a trained vector gives its length.
 
     Formula:
-        W' = m · (W + s·B·A) / ||W + s·B·A||, row by row, s = alpha / rank; no gradient flows through the length.
+        W' = m · (W + s·B·A) / |W + s·B·A|, row by row, with LoRA's s; the length below is a constant in backward.
 
     Shapes:
-        A [rank, in], B [out, rank], m [out], which starts as the row lengths of W.
+        A [rank, in] and B [out, rank] as in LoRA; m [out], which starts as the lengths of W's rows.
 
     Defaults:
-        As LoRA's, of which this is a kind: rank, alpha, dropout (on the low-rank path), use_rslora, init, bias and
-        the patterns.
+        rank: width of the product.
+        alpha: numerator of the scale.
+        dropout: probability of dropping an input while training, of A and of the part of W that m adds.
+        use_rslora: scale by alpha / sqrt(rank).
+        init: of A, as in LoRA; B is zero.
+        bias: base biases trained as well: "none", "lora_only" (of the adapted layers) or "all".
+        rank_pattern: other ranks, by glob or `re:` regex over module paths; the first match holds.
+        alpha_pattern: other alphas, likewise.
 
     Cost:
-        rank · (in + out) + out parameters a layer, and one product of A with W a forward. Nothing once merged.
+        rank · (in + out) + out parameters a layer; W·Aᵀ at each step, as much as `rank` more tokens. None once merged.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError on a convolution, and wherever LoRA raises one.
+        MethodError as for LoRA.
 
     Paper:
         Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arXiv:2402.09353.
 
     Example:
-        veneer.attach(model, veneer.DoRA(rank=8, alpha=16.0))
+        veneer.attach(model, veneer.DoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
     """
 
-    deltas: ClassVar[tuple[type[Delta], type[Delta]]] = (_BesideDirected, _InsideDirected)
+    beside: ClassVar[type[Beside]] = _Beside
+    inside: ClassVar[type[Inside]] = _Inside

@@ -45,10 +45,10 @@ def find(graph: Graph, add: int, stream: int, branch: int, repeated: list[str]) 
     adding = graph.nodes[add].module
     returned = _outermost(
         (call.path, key)
-        for same in _same(graph, branch)
+        for alike in same(graph, branch)
         for call in graph.calls
         for key, node in call.outputs.items()
-        if node == same and _inside(call.path, adding) and graph.kinds[call.path] != "Dropout"
+        if node == alike and _inside(call.path, adding) and graph.kinds[call.path] != "Dropout"
     )
     around = sorted((path for path in repeated if returned and _inside(f"{returned[0]}.", path)), key=len)
     block = around[-1] if around else adding
@@ -58,10 +58,10 @@ def find(graph: Graph, add: int, stream: int, branch: int, repeated: list[str]) 
     found = {
         name: _outermost(
             (call.path, key)
-            for same in _same(graph, node)
+            for alike in same(graph, node)
             for call in graph.calls
             for key, read in call.inputs.items()
-            if read == same and _inside(call.path, block)
+            if read == alike and _inside(call.path, block)
         )
         for name, node in ends.items()
     }
@@ -71,14 +71,17 @@ def find(graph: Graph, add: int, stream: int, branch: int, repeated: list[str]) 
 
 def _norm(graph: Graph, add: int, block: str) -> str:
     """The one module of the block that reads the sum, where it is a norm; or the empty string."""
-    readers = {node.module for node in graph.nodes[add + 1 :] if add in node.inputs}
-    path = readers.pop() if len(readers) == 1 else ""
+    readers = [node for node in graph.nodes[add + 1 :] if add in node.inputs]
+    if len(readers) == 1 and readers[0].op in _SAME and readers[0].module == graph.nodes[add].module:
+        return _norm(graph, readers[0].index, block)
+    paths = {node.module for node in readers}
+    path = paths.pop() if len(paths) == 1 else ""
     given = any(call.path == path and add in call.inputs.values() for call in graph.calls)
     normal = any(node.module == path and node.op in _NORMS for node in graph.nodes[add + 1 :])
     return path if given and normal and _inside(path, block) else ""
 
 
-def _same(graph: Graph, index: int) -> list[int]:
+def same(graph: Graph, index: int) -> list[int]:
     """A node and those before it that hold the same numbers."""
     found = [index]
     while graph.nodes[found[-1]].op in _SAME and graph.nodes[found[-1]].inputs:

@@ -25,9 +25,9 @@ from veneer.handle import Adapter, Claim
 from veneer.interop.peft.common import PREFIX, NotInPEFT, base_fields, fill, target_modules
 from veneer.interop.peft.lora_config import from_config
 from veneer.lowrank import Pair
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import DoRA, FullFineTuning, LoRA, LoRAFA
 
-METHODS: tuple[type[Method], ...] = (LoRA,)
+METHODS: tuple[type[Method], ...] = (LoRA, DoRA, LoRAFA)
 
 
 def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
@@ -43,6 +43,8 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
         if _is_stack(place):
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         tensors[key_a], tensors[key_b] = A, B
+        if isinstance(group[0].method, DoRA):
+            tensors[_magnitude_key(place)] = pairs[0].get_parameter("m").detach().view(_magnitude_shape(place))
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
@@ -63,6 +65,8 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
             columns = B.narrow(dim + 1, start, pair.rank)
             fill(pair.B, columns.index_select(dim, _rows(claim.place, B)) / _peft_factor(claim.place))
             start += pair.rank
+            if isinstance(claim.method, DoRA):
+                fill(pair.get_parameter("m"), tensors[_magnitude_key(claim.place)].flatten())
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
@@ -97,7 +101,7 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": {path: r for path, (r, _) in sorted(sizes.items()) if r != rank},
         "target_modules": target_modules(adapter.model, set(sizes) - stacks),
         **({"target_parameters": sorted(stacks)} if stacks else {}),
-        "use_dora": False,
+        "use_dora": isinstance(lora, DoRA),
         "use_rslora": rslora,
     }
 
@@ -110,8 +114,13 @@ def _groups(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
             groups.setdefault(f"{claim.place.owner_path}.{claim.place.parameter}", []).append(claim)
         elif not isinstance(claim.method, FullFineTuning):
             raise NotInPEFT(f"{type(claim.method).__name__} is no method that PEFT's LoRA files can hold")
+        if isinstance(claim.method, DoRA) and (claim.place.spans or _attention(claim.place)):
+            raise NotInPEFT("PEFT has no DoRA on a role of a fused projection, or on nn.MultiheadAttention")
     if not groups:
         raise NotInPEFT("PEFT's files hold trained modules only beside a method such as LoRA")
+    dora = [any(isinstance(c.method, DoRA) for c in group) for group in groups.values()]
+    if any(dora) and (not all(dora) or any(len(group) > 1 for group in groups.values())):
+        raise NotInPEFT("PEFT has no DoRA beside LoRA, and none stacked")
     for path, group in groups.items():
         if len({_pair(claim).scale for claim in group}) > 1:
             raise NotInPEFT(f"{path} has LoRAs of different scales, which one A and B cannot hold bit for bit")
@@ -205,6 +214,14 @@ def _keys(place: Place, groups: Mapping[str, Any]) -> tuple[str, str]:
     if isinstance(place.owner, nn.Embedding):
         return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
+
+
+def _magnitude_key(place: Place) -> str:
+    return f"{_stem(place)}.lora_magnitude_vector"
+
+
+def _magnitude_shape(place: Place) -> tuple[int, ...]:
+    return (place.shape[0],) if len(place.shape) == 2 else (1, place.shape[0], *[1] * (len(place.shape) - 2))
 
 
 def _wrapped(place: Place, groups: Mapping[str, Any]) -> list[str]:

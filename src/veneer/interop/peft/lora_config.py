@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 from torch import nn
 
 from veneer import places
 from veneer.errors import CorruptFile, FileError, listed
-from veneer.interop.peft.common import PREFIX, Entry, names, regex
-from veneer.methods import FullFineTuning, LoRA
+from veneer.interop.peft.common import PREFIX, Entry, names, refuse_incomplete, refuse_unsaved, regex, whole_path
+from veneer.methods import DoRA, FullFineTuning, LoRA
 
 # Options that only say where the adapter came from, or that the resolved places already contain.
 _HARMLESS = {
@@ -26,14 +25,8 @@ _HARMLESS = {
     ),
     *("init_lora_weights", "megatron_core", "qalora_group_size", "fan_in_fan_out", "corda_config", "eva_config"),
     *("lora_ga_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern"),
-    *(
-        "target_modules",
-        "target_parameters",
-        "modules_to_save",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-    ),
+    *("use_dora", "target_modules", "target_parameters", "modules_to_save", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
 }
 
 
@@ -41,7 +34,7 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     """The LoRA, and what was trained whole beside it, that config and keys mean."""
     _refuse_foreign(config, file)
     try:
-        lora = LoRA(
+        lora = (DoRA if config.get("use_dora") else LoRA)(
             rank=config["r"],
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
@@ -54,13 +47,13 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     adapted = _adapted(keys)
     stacks = _stacks(model, config, adapted, file)
     modules = {stacks.get(path, path) for path in adapted}
-    _refuse_incomplete(model, config, modules, file)
+    found = modules | {path.replace(".base_layer.", ".") for path in modules}
+    named = [path for path, place in places.weights(model).items() if place.format.rows == 0]
+    refuse_incomplete(named, config, found, file)
     lora = _with_patterns(lora, patterns, modules, file)
-    for name in names(config, "modules_to_save", file):
-        if not any(re.fullmatch(rf"(.*\.)?{re.escape(name)}\..*", _whole_path(key)) for key in keys):
-            raise CorruptFile(f"{file} says that {name} was trained whole, but its tensors are missing.")
+    refuse_unsaved(config, keys, file)
     entries = [Entry(lora, "target_modules", [(path, None) for path in _paths(model, modules)])]
-    whole = sorted(_whole_path(key) for key in keys if ".lora_" not in key)
+    whole = sorted(whole_path(key) for key in keys if ".lora_" not in key)
     if whole:
         entries.append(Entry(FullFineTuning(), "modules_to_save", [(path, None) for path in whole]))
     return entries
@@ -107,27 +100,6 @@ def _stacks(model: nn.Module, config: dict[str, Any], adapted: set[str], file: s
     return found
 
 
-def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[str], file: str) -> None:
-    """A module that the config names and the model has must have tensors: a file may have lost some."""
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return
-    targets = config.get("target_modules")
-    modules_only = [path for path, place in places.weights(model).items() if place.format.rows == 0]
-    if targets == "all-linear":
-        return
-    if isinstance(targets, str):
-        match = regex(targets, "target_modules", file).fullmatch
-        named = {path for path in modules_only if match(path)}
-    else:
-        ends = names(config, "target_modules", file)
-        named = {path for path in modules_only if any(path == t or path.endswith(f".{t}") for t in ends)}
-    saved = names(config, "modules_to_save", file)
-    named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
-    lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
-    if lost:
-        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
-
-
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
     """PEFT's patterns are regular expressions over path endings; those that match nothing are left out."""
     known: dict[str, Any] = {
@@ -151,7 +123,3 @@ def _paths(model: nn.Module, modules: set[str]) -> list[str]:
     parts = {f"{path}.in_proj_weight" if f"{path}.in_proj_weight" in inventory else path for path in wanted}
     order = {path: i for i, path in enumerate(inventory)}
     return sorted(parts, key=lambda path: (order.get(path, len(order)), path))
-
-
-def _whole_path(key: str) -> str:
-    return re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
