@@ -234,11 +234,28 @@ def test_a_width_and_a_factor_say_the_same_twice():
         veneer.attach(FAMILIES["llama"].model(), veneer.BottleneckAdapter(width=4, reduction_factor=8))
 
 
-def test_weights_stay_float32_and_activations_bfloat16():
+@pytest.mark.parametrize(
+    "method",
+    [
+        veneer.BottleneckAdapter(width=4, placement="after_residual", scaling="channel", norm=True),
+        veneer.Compacter(width=8, placement="parallel"),
+        veneer.AdapterFusion(parts=dict.fromkeys("ab", veneer.BottleneckAdapter(width=4))),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_weights_stay_float32_and_activations_bfloat16(method):
     model = FAMILIES["bert"].model().bfloat16()
-    adapter = attached(model, "after_residual", norm=True)
+    base = logits(model, text())
+    adapter = veneer.attach(model, method)
+    perturb(adapter)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    assert logits(model, FAMILIES["bert"].batch()).dtype == torch.bfloat16
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = logits(model, text())
+    assert out.dtype == torch.bfloat16
+    assert (out - base).abs().max() > 1e-2
+    wide = [t for t in kept if t.dtype == torch.float32 and t.shape[:2] == (3, 6)]
+    assert all(t.shape[-1] < 4 for t in wide), "activations are kept in float32"
 
 
 @pytest.mark.parametrize("method", [veneer.BottleneckAdapter(width=4), veneer.LoRA(rank=2)], ids=["bottleneck", "lora"])
