@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAMILIES, SIZES, TOKENS, VOCABULARY, logits, perturb, text
+from tiny import FAMILIES, IDS, SIZES, TOKENS, VOCABULARY, logits, perturb, text
 from transformers import BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import veneer
@@ -390,3 +390,34 @@ def test_where_the_norm_of_the_sum_is():
     assert paths["post"][2:] == ["self_attn_layer_norm", "final_layer_norm"]
     assert paths["pre"] == paths["parallel"] == [""] * 4
     assert paths["bert"][3] == "bert.encoder.layer.1.output.LayerNorm"
+
+
+def test_an_invertible_adapter_is_undone_before_the_head():
+    model = FAMILIES["gpt2"].model()
+    adapter = veneer.attach(model, veneer.InvertibleAdapter())
+    perturb(adapter)
+    embedding, head = adapter.claims[0].delta, adapter.claims[1].delta
+    e = torch.randn(3, 6, 32, dtype=torch.float64)
+    changed = embedding(IDS, e)
+    assert (changed - e).abs().max() > 1e-2
+    torch.testing.assert_close(head(changed), e, rtol=1e-12, atol=1e-12)
+    own = {key.removeprefix("shared.0."): tensor for key, tensor in adapter.state_dict().items()}
+    net = lambda n, z: (  # noqa: E731
+        F.relu(z @ own[f"{n}.down"].T + own[f"{n}.down_bias"]) @ own[f"{n}.up"].T + own[f"{n}.up_bias"]
+    )
+    a, b = e.chunk(2, -1)
+    a = a + net("F", b)
+    torch.testing.assert_close(changed, torch.cat([a, b + net("G", a)], -1), rtol=1e-12, atol=1e-12)
+
+
+def test_an_invertible_adapter_counts_on_bert_base():
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig())
+        model.tie_weights()
+    veneer.attach(model, veneer.InvertibleAdapter())
+    assert veneer.count_parameters(model).trainable == 2 * (2 * 384 * 192 + 192 + 384) == 296_064
+
+
+def test_an_untied_head_is_not_undone():
+    with pytest.raises(veneer.errors.MethodError, match="lm_head is not tied to an embedding here"):
+        veneer.attach(FAMILIES["llama"].model(), veneer.InvertibleAdapter())

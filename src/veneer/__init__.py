@@ -16,7 +16,7 @@ from veneer.errors import VeneerError
 from veneer.fusing import fuse
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import AdapterFusion, BottleneckAdapter, Compacter, FullFineTuning, LoRA
+from veneer.methods import AdapterFusion, BottleneckAdapter, Compacter, FullFineTuning, InvertibleAdapter, LoRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -30,6 +30,7 @@ __all__ = [
     "Delta",
     "FullFineTuning",
     "Input",
+    "InvertibleAdapter",
     "KeyValue",
     "LoRA",
     "Method",
