@@ -421,3 +421,42 @@ def test_an_invertible_adapter_counts_on_bert_base():
 def test_an_untied_head_is_not_undone():
     with pytest.raises(veneer.errors.MethodError, match="lm_head is not tied to an embedding here"):
         veneer.attach(FAMILIES["llama"].model(), veneer.InvertibleAdapter())
+
+
+def test_one_method_stacked_on_itself_shares_twice(tmp_path):
+    model = FAMILIES["llama"].model()
+    method = veneer.Compacter(width=8)
+    perturb(veneer.attach(model, (method, method)))
+    veneer.save(veneer.adapters(model)["default"], tmp_path)
+    fresh = FAMILIES["llama"].model()
+    veneer.load(fresh, tmp_path)
+    assert torch.equal(logits(fresh, text()), logits(model, text()))
+
+
+def test_layers_of_a_plain_model():
+    block = lambda: torch.nn.ModuleDict({"inner": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})  # noqa: E731
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([block(), block(), block()])
+            self.last = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            for each in self.blocks:
+                x = each["inner"][0](x)
+            return self.last(x)
+
+    model, x = Plain(), torch.randn(2, 4)
+    adapter = veneer.attach(model, veneer.LoRA(rank=2), "*")
+    perturb(adapter)
+    for key, parameter in adapter.named_parameters():
+        if not key.startswith(("blocks.2", "last")):
+            parameter.data.zero_()
+    expected = model(x)
+    for key, parameter in adapter.named_parameters():
+        if not key.startswith(("blocks.2", "last")):
+            parameter.data.fill_(1.0)
+    with veneer.use(model, adapter, drop_layers=range(2)):
+        torch.testing.assert_close(model(x), expected)
+    assert (model(x) - expected).abs().max() > 1e-3
