@@ -8,6 +8,7 @@ from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
 from veneer.methods.gated import Gated
 from veneer.methods.ia3 import IA3
+from veneer.methods.invertible import InvertibleAdapter
 from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
@@ -26,6 +27,7 @@ __all__ = [
     "FullFineTuning",
     "Gated",
     "IA3",
+    "InvertibleAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
