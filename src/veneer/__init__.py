@@ -15,7 +15,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import IA3, OFT, BitFit, DoRA, FullFineTuning, LayerNormTuning, LoRA, LoRAFA, VeRA
+from veneer.methods import IA3, OFT, BitFit, DoRA, FullFineTuning, LayerNormTuning, LoRA, LoRAFA, TrainableTokens, VeRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -37,6 +37,7 @@ __all__ = [
     "OFT",
     "ParameterCount",
     "Place",
+    "TrainableTokens",
     "VeRA",
     "VeneerError",
     "Weight",

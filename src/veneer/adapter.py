@@ -89,10 +89,9 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
     for place in found:
         place = dataclasses.replace(place, shared=shared)
         try:
-            mapped = (
-                dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
-            )
-            delta = method.build(mapped)
+            if method.unit in ("weight", "table"):
+                place = dataclasses.replace(place, map=place.format.map(place.reader))
+            delta = method.build(place)
             if place.spans is not None and isinstance(delta, Before):
                 raise MethodError("the other roles of this fused projection read the same input. Name the whole layer.")
         except MethodError as error:

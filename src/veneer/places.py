@@ -114,6 +114,21 @@ def parameters(model: nn.Module) -> dict[str, Place]:
     return found
 
 
+def _shared_tables(model: nn.Module) -> dict[str, Place]:
+    """Every embedding, with all weights that share its parameter; embeddings that share it are one place."""
+    readers: dict[int, list[Place]] = {}
+    for place in weights(model).values():
+        readers.setdefault(id(place.weight), []).append(place)
+    found = {}
+    for group in readers.values():
+        group.sort(key=lambda place: not isinstance(place.owner, nn.Embedding))
+        first, *others = group
+        if isinstance(first.owner, nn.Embedding):
+            whole = dataclasses.replace(first, unit="table", tied=tuple(others))
+            found.update({place.path: whole for place in group})
+    return found
+
+
 def _embeddings(model: nn.Module) -> dict[str, Place]:
     tables = set(_tables(model))
     return {path: place for path, place in weights(model).items() if path in tables}
@@ -181,6 +196,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
 
 _INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
     "weight": weights,
+    "table": _shared_tables,
     "parameter": parameters,
     "attention": _attentions,
     "sublayer": _sublayers,
@@ -216,7 +232,7 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
     if role == "embedding":
         tables = _tables(model)
-        return [place for place in inventory.values() if place.owner_path in tables]
+        return [place for path, place in inventory.items() if path in tables or place.owner_path in tables]
     if role == "head":
         module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
@@ -284,4 +300,4 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
         if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
             raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
-    return _tie(found) if unit == "parameter" else found
+    return _tie(found) if unit == "parameter" else list({place.path: place for place in found}.values())

@@ -20,6 +20,7 @@ SUBJECTS = {
     "LoRAFA": Subject(veneer.LoRAFA(rank=4)),
     "OFT": Subject(veneer.OFT(block_size=8)),
     "OFT-share": Subject(veneer.OFT(block_size=16, block_share=True, num_cayley_neumann_terms=5)),
+    "TrainableTokens": Subject(veneer.TrainableTokens([9, 11, 30]), families=TEXT),
     "VeRA": Subject(veneer.VeRA(rank=6)),
     "VeRA-seed": Subject(veneer.VeRA(rank=6, seed=3, save_projection=False)),
 }

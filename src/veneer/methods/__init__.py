@@ -8,6 +8,18 @@ from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.oft import OFT
+from veneer.methods.trainable_tokens import TrainableTokens
 from veneer.methods.vera import VeRA
 
-__all__ = ["BitFit", "DoRA", "FullFineTuning", "IA3", "LayerNormTuning", "LoRA", "LoRAFA", "OFT", "VeRA"]
+__all__ = [
+    "BitFit",
+    "DoRA",
+    "FullFineTuning",
+    "IA3",
+    "LayerNormTuning",
+    "LoRA",
+    "LoRAFA",
+    "OFT",
+    "TrainableTokens",
+    "VeRA",
+]

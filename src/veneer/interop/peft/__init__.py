@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import ia3, ln_tuning, lora, oft, vera
+from veneer.interop.peft import ia3, ln_tuning, lora, oft, trainable_tokens, vera
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
@@ -21,6 +21,7 @@ KINDS: dict[str, Kind] = {
     "LN_TUNING": ln_tuning.KIND,
     "LORA": lora,
     "OFT": oft.KIND,
+    "TRAINABLE_TOKENS": trainable_tokens.KIND,
     "VERA": vera.KIND,
 }
 
