@@ -28,6 +28,10 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 METHODS = {
     "LoRA": veneer.LoRA(rank=4),
     "LoRA-rs": veneer.LoRA(rank=3, use_rslora=True, rank_pattern={"q_proj": 2}),
+    "DoRA": veneer.DoRA(rank=4),
+    "IA3": veneer.IA3(),
+    "OFT": veneer.OFT(block_size=16),
+    "VeRA": veneer.VeRA(rank=8),
     "Before": InputScale(),
     "KeyValue": KeySlots(),
 }
