@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from tiny import FAMILIES, WIDTH, logits, perturb
@@ -83,6 +85,21 @@ def saved(method: veneer.Method) -> int:
 def test_lora_fa_keeps_no_input():
     """100 inputs of 64 numbers are what LoRA keeps and LoRA-FA does not."""
     assert saved(veneer.LoRA(rank=4)) - saved(veneer.LoRAFA(rank=4)) == 100 * 64
+
+
+def test_lora_plus_trains_b_of_dora_faster():
+    adapter = veneer.attach(FAMILIES["llama"].model(), veneer.DoRA(rank=2), "q_proj")
+    slow, fast = adapter.parameter_groups(lr=1e-4, lora_plus_ratio=16)
+    assert {id(p) for p in fast["params"]} == {id(claim.delta.B) for claim in adapter.claims}
+    assert {id(p) for p in slow["params"]} == {id(p) for c in adapter.claims for p in (c.delta.A, c.delta.m)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_told_by_their_parameters(family):
+    model = FAMILIES[family].model()
+    named = {path for path, module in model.named_modules() if "Norm" in type(module).__name__}
+    adapter = veneer.attach(model, veneer.LayerNormTuning())
+    assert {claim.place.owner_path for claim in adapter.claims} == named
 
 
 def test_lora_fa_keeps_a_as_it_was():
@@ -325,9 +342,8 @@ def test_vera_draws_its_projections_again(tmp_path):
 
 
 def damaged(tmp_path, peft_type, **change):
-    import json
-
-    method = {"OFT": veneer.OFT(block_size=8, num_cayley_neumann_terms=5), "IA3": veneer.IA3()}[peft_type]
+    methods = {"OFT": veneer.OFT(block_size=8, num_cayley_neumann_terms=5), "IA3": veneer.IA3()}
+    method = methods.get(peft_type, veneer.LoRA(rank=2))
     veneer.save(veneer.attach(FAMILIES["llama"].model(), method), tmp_path)
     (tmp_path / "veneer.json").unlink()
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | change
@@ -343,6 +359,7 @@ def damaged(tmp_path, peft_type, **change):
         ("OFT", {"oft_block_size": 1}, CorruptFile, "no config of a OFT"),
         ("OFT", {"bias": "all"}, FileError, "has biases"),
         ("IA3", {"target_modules": ["k_proj", "v_proj", "down_proj", "up_proj"]}, CorruptFile, "tensors are missing"),
+        ("LORA", {"use_dora": True}, CorruptFile, "lora_magnitude_vector missing"),
         ("IA3", {"feedforward_modules": "("}, CorruptFile, "no regular expression"),
     ],
 )
