@@ -359,7 +359,7 @@ def damaged(tmp_path, peft_type, **change):
         ("OFT", {"oft_block_size": 1}, CorruptFile, "no config of a OFT"),
         ("OFT", {"bias": "all"}, FileError, "has biases"),
         ("IA3", {"target_modules": ["k_proj", "v_proj", "down_proj", "up_proj"]}, CorruptFile, "tensors are missing"),
-        ("LORA", {"use_dora": True}, CorruptFile, "lora_magnitude_vector missing"),
+        ("LORA", {"use_dora": True}, CorruptFile, "lora_magnitude_vector and 10 more missing"),
         ("IA3", {"feedforward_modules": "("}, CorruptFile, "no regular expression"),
     ],
 )
