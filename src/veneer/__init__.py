@@ -64,6 +64,7 @@ from veneer.methods import (
     PrefixTuning,
     PromptTuning,
     PTuning,
+    TrainableTokens,
     VeRA,
 )
 from veneer.routing import (
@@ -105,6 +106,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
     "VeRA",
     "VeneerError",
     "Weight",

@@ -16,6 +16,7 @@ from veneer.methods.oft import OFT
 from veneer.methods.prefix import PrefixTuning
 from veneer.methods.prompt import PromptTuning
 from veneer.methods.ptuning import PTuning
+from veneer.methods.trainable_tokens import TrainableTokens
 from veneer.methods.vera import VeRA
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
     "VeRA",
 ]
