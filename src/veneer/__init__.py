@@ -10,16 +10,18 @@ Importing this package imports neither transformers nor a quantizer.
 __version__ = "0.1.0.dev0"
 
 from veneer.adapter import attach, check
+from veneer.calibration import calibrate
 from veneer.counting import ParameterCount, count_parameters
 from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA
+from veneer.methods import AdaLoRA, FullFineTuning, LoRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "After",
     "Before",
@@ -36,6 +38,7 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "calibrate",
     "check",
     "count_parameters",
     "detach",

@@ -64,6 +64,7 @@ class Place:
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
+    `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left out.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Place:
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
     shared: nn.Module | None = None
+    filled: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -172,12 +174,16 @@ class Delta(nn.Module, ABC):
     `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate. `still` names
     parameters (or the modules that hold them) that are saved with the adapter and never trained; persistent buffers are
     saved too. `reads` names the source of the place that `x` is taken from; empty means the module's first argument.
+
+    A delta with `waits` set has a start that depends on data: `veneer.calibrate` calls `observe` with the inputs of its
+    module, then `settle`, which clears it. Until then it cannot act or be saved.
     """
 
     mergeable: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
+    waits: bool = False
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -190,6 +196,12 @@ class Delta(nn.Module, ABC):
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, or None."""
         return None
+
+    def observe(self, x: Tensor) -> None:
+        """See inputs of the module, before training."""
+
+    def settle(self) -> None:
+        """Start from the inputs that were observed; AdapterError where they are too few."""
 
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""

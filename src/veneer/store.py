@@ -15,7 +15,7 @@ import veneer
 from veneer import adapter as verbs
 from veneer import files, methods, places
 from veneer.delta import Method, Place
-from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
+from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
 from veneer.handle import Adapter, Claim
 from veneer.interop import peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
@@ -68,6 +68,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    if any(claim.delta.waits for claim in adapter.claims):
+        raise AdapterError(f"{adapter!r} has not started yet. Call veneer.calibrate(model, adapter, batches) first.")
     try:
         tensors, config = peft.to_files(adapter)
     except NotInPEFT:
@@ -230,7 +232,9 @@ def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[s
         return [
             claim
             for entry in entries
-            for claim in verbs.build(entry.method, places.exact(model, entry.method.unit, entry.places), entry.where)
+            for claim in verbs.build(
+                entry.method, places.exact(model, entry.method.unit, entry.places), entry.where, filled=True
+            )
         ]
     except (MethodError, RuntimeError, MemoryError) as error:
         raise CorruptFile(f"{path} asks for an adapter that cannot be built: {error}") from None

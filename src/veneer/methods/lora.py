@@ -10,9 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from veneer import starts
 from veneer.delta import Delta, Method, Place, Unit
 from veneer.errors import MethodError
-from veneer.lowrank import Beside, Inside
 from veneer.methods.full import FullFineTuning
 
 Rank = Annotated[int, Field(ge=1)]
@@ -34,7 +34,9 @@ class LoRA(Method):
         alpha: numerator of the scale.
         dropout: probability of dropping an input of A while training.
         use_rslora: scale by alpha / sqrt(rank), which keeps high ranks learning.
-        init: of A: "kaiming" (uniform within 1/sqrt(fan in)), "gaussian" (std 1/rank) or "orthogonal"; B is zero.
+        init: of A: "kaiming" (uniform within 1/sqrt(fan in)), "gaussian" (std 1/rank), "orthogonal" or "eva" (main
+            directions of the inputs that `veneer.calibrate` shows it); B is zero. Of A and B: "pissa" (main directions
+            of W; "pissa_niter_16" by a quick SVD) or "olora" (QR of W); their first product is subtracted for good.
         bias: base biases trained as well: "none", "lora_only" (of the adapted layers) or "all".
         rank_pattern: other ranks, by glob or `re:` regex over module paths; the first match holds.
         alpha_pattern: other alphas, likewise.
@@ -46,12 +48,14 @@ class LoRA(Method):
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, a pattern or bias option that matches nothing, or dropout on a weight that
-        is read functionally (nn.MultiheadAttention).
+        MethodError for a value out of range, a pattern or bias option that matches nothing, a start that the layer does
+        not have, or dropout on a weight that is read functionally (nn.MultiheadAttention). AdapterError where "eva"
+        acts or is saved before `veneer.calibrate`.
 
     Paper:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; rank-stabilised
-        scale: Kalajdzievski, arXiv:2312.03732.
+        scale: Kalajdzievski, arXiv:2312.03732. PiSSA: Meng et al., NeurIPS 2024, arXiv:2404.02948. OLoRA: Büyükakyüz,
+        arXiv:2406.01775. EVA, with equal ranks: Paischer et al., arXiv:2410.07170.
 
     Example:
         veneer.attach(model, veneer.LoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
@@ -61,7 +65,7 @@ class LoRA(Method):
     alpha: Finite = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     use_rslora: bool = False
-    init: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva"] = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)
@@ -71,11 +75,12 @@ class LoRA(Method):
         rank = place.choose(self.rank_pattern, self.rank)
         alpha = place.choose(self.alpha_pattern, self.alpha)
         scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        beside, inside = starts.deltas(self.init)
         if not place.functional:
-            return Beside(place, rank, scale, self.init, self.dropout)
+            return beside(place, rank, scale, self.init, self.dropout)
         if self.dropout:
             raise MethodError("The weight is read without a call that LoRA could drop inputs of. Set dropout=0.0.")
-        return Inside(place, rank, scale, self.init)
+        return inside(place, rank, scale, self.init)
 
     def check(self, places: Sequence[Place]) -> None:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):

@@ -1,9 +1,9 @@
 """Training an adapter with transformers' own Trainer.
 
 Nothing here loops over batches: the Trainer does, and with it come gradient accumulation, schedules and devices. What
-is ours is the recipe, the examples, and the optimizer, whose groups the adapter knows best (some methods want another
-learning rate for one of their weights). The base stays in its own precision and the adapter in float32; there is no
-autocast, because the adapter casts where it must.
+is ours is the recipe, the examples, the optimizer, whose groups the adapter knows best (some methods want another
+learning rate for one of their weights), and what a method adds to the loss or does after a step. The base stays in its
+own precision and the adapter in float32; there is no autocast, because the adapter casts where it must.
 """
 
 from __future__ import annotations
@@ -11,10 +11,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from veneer import Adapter
 from veneer.train.batch import Collator
@@ -31,6 +40,33 @@ class Recipe:
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     seed: int = 0
+
+
+class Regularized(Trainer):
+    """A Trainer whose loss has the terms that an adapter's methods add to it."""
+
+    def __init__(self, adapter: Adapter, **options: Any) -> None:
+        super().__init__(**options)
+        self.adapter = adapter
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found = super().compute_loss(model, inputs, *args, **kwargs)
+        term = self.adapter.regularization() if model.training else None
+        if term is None:
+            return found
+        return (found[0] + term, *found[1:]) if isinstance(found, tuple) else found + term
+
+
+class Schedule(TrainerCallback):
+    """Tells an adapter's methods of each step while its gradients are still there."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.adapter.after_step(state.global_step + 1)
 
 
 def fit(
@@ -51,13 +87,14 @@ def fit(
     watch = Watch(console or Console(stderr=True), probe, probe_at)
     optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=recipe.learning_rate), weight_decay=0.0)
     with tempfile.TemporaryDirectory() as scratch, watch.bar:
-        trainer = Trainer(
+        trainer = Regularized(
+            adapter,
             model=model,
             args=_arguments(recipe, scratch),
             data_collator=collator,
             train_dataset=list(rows),
             optimizers=(optimizer, None),
-            callbacks=[watch],
+            callbacks=[Schedule(adapter), watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

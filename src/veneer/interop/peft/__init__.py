@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import lora
+from veneer.interop.peft import adalora, lora
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
-KINDS: dict[str, Kind] = {"LORA": lora}
+KINDS: dict[str, Kind] = {"LORA": lora, "ADALORA": adalora.KIND}
 
 
 def to_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from veneer import site
+from veneer import places, site
 from veneer.delta import Method, Span
-from veneer.errors import CorruptFile
+from veneer.errors import CorruptFile, listed
 from veneer.handle import Adapter, Claim
 from veneer.seams import transformers
 
@@ -99,6 +99,26 @@ def regex(text: str, field: str, file: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise CorruptFile(f"{file}: {field} holds {text!r}, no regular expression: {error}.") from None
+
+
+def refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[str], file: str) -> None:
+    """A module that the config names and the model has must have tensors: a file may have lost some."""
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return
+    if isinstance(targets, str):
+        match = regex(targets, "target_modules", file).fullmatch
+        named = {path for path in places.weights(model) if match(path)}
+    else:
+        ends = names(config, "target_modules", file)
+        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in ends)}
+    saved = names(config, "modules_to_save", file)
+    named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
+    lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
+    if lost:
+        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """PEFT's LORA files, which vLLM, SGLang and llama.cpp's converter read too.
 
-PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
-at one place, are written as one pair whose A are put under each other and whose B stand in their own rows and columns,
-zero elsewhere: the same sum, exactly.
+PEFT has one A and B a module. Roles of a fused projection, LoRAs stacked at one place, and a start that is subtracted
+for good are written as one pair whose A are put under each other and whose B stand in their own rows and columns, zero
+elsewhere: the same sum, exactly.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     for group in groups.values():
         place = group[0].place
         key_a, key_b = _keys(place)
-        pairs = [_pair(claim) for claim in group]
-        tensors[key_a] = torch.cat([pair.A.detach() for pair in pairs])
-        tensors[key_b] = _joined(group, pairs) * _peft_factor(place)
+        tensors[key_a] = torch.cat([A.detach() for claim in group for A, _, _ in _pair(claim).parts()])
+        tensors[key_b] = _joined(group) * _peft_factor(place)
     adapted = {claim.place.owner_path for group in groups.values() for claim in group}
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
@@ -52,12 +51,12 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
         key_a, key_b = _keys(group[0].place)
         start = 0
         for claim in group:
-            pair = _pair(claim)
-            columns = slice(start, start + pair.rank)
             rows = _rows(claim.place, tensors[key_b])
-            fill(pair.A, tensors[key_a][columns])
-            fill(pair.B, tensors[key_b][rows][:, columns] / _peft_factor(claim.place))
-            start += pair.rank
+            for A, B, sign in _pair(claim).parts():
+                columns = slice(start, start + len(A))
+                fill(A, tensors[key_a][columns])
+                fill(B, tensors[key_b][rows][:, columns] * (sign / _peft_factor(claim.place)))
+                start += len(A)
     adapted = {claim.place.owner_path for group in groups.values() for claim in group}
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
@@ -129,22 +128,28 @@ def _rows(place: Place, B: Tensor) -> Tensor:
     return row_index(place.spans or ((0, len(B)),), B.device)
 
 
-def _joined(group: Sequence[Claim], pairs: Sequence[Pair]) -> Tensor:
-    if len(group) == 1 and group[0].place.spans is None:
-        return pairs[0].B.detach()
-    place = group[0].place
+def _joined(group: Sequence[Claim]) -> Tensor:
+    place, first = group[0].place, _pair(group[0]).B
+    if len(group) == 1 and place.spans is None:
+        return torch.cat([B.detach() * sign for _, B, sign in _pair(group[0]).parts()], dim=1)
     out = place.format.shape(place.owner, place.parameter)[0]
-    joined = pairs[0].B.new_zeros(out, sum(pair.rank for pair in pairs))
+    joined = first.new_zeros(out, _rank(group))
     start = 0
-    for claim, pair in zip(group, pairs, strict=True):
-        joined[_rows(claim.place, joined), start : start + pair.rank] = pair.B.detach()
-        start += pair.rank
+    for claim in group:
+        for A, B, sign in _pair(claim).parts():
+            joined[_rows(claim.place, joined), start : start + len(A)] = B.detach() * sign
+            start += len(A)
     return joined
+
+
+def _rank(group: Sequence[Claim]) -> int:
+    """That of the one pair which all of them become; a start that is subtracted has its own share."""
+    return sum(len(A) for claim in group for A, _, _ in _pair(claim).parts())
 
 
 def _size(group: Sequence[Claim], rslora: bool) -> tuple[int, float]:
     """Rank and alpha that give the group's scale."""
-    rank = sum(_pair(claim).rank for claim in group)
+    rank = _rank(group)
     scale = _pair(group[0]).scale
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     return rank, round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

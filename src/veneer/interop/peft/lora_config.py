@@ -10,7 +10,7 @@ from torch import nn
 
 from veneer import places
 from veneer.errors import CorruptFile, FileError, listed
-from veneer.interop.peft.common import PREFIX, Entry, names, regex
+from veneer.interop.peft.common import PREFIX, Entry, names, refuse_incomplete, regex
 from veneer.methods import FullFineTuning, LoRA
 
 # Options that only say where the adapter came from, or that the resolved places already contain.
@@ -45,7 +45,7 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{file} is no config of a LoRA: {error}.") from None
     modules = _adapted(keys)
-    _refuse_incomplete(model, config, modules, file)
+    refuse_incomplete(model, config, modules, file)
     lora = _with_patterns(lora, patterns, modules, file)
     for name in names(config, "modules_to_save", file):
         if not any(re.fullmatch(rf"(.*\.)?{re.escape(name)}\..*", _whole_path(key)) for key in keys):
@@ -74,26 +74,6 @@ def _refuse_foreign(config: dict[str, Any], file: str) -> None:
 def _adapted(keys: set[str]) -> set[str]:
     """The modules that have LoRA tensors, as PEFT paths without the prefix."""
     return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
-
-
-def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[str], file: str) -> None:
-    """A module that the config names and the model has must have tensors: a file may have lost some."""
-    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return
-    targets = config.get("target_modules")
-    if targets == "all-linear":
-        return
-    if isinstance(targets, str):
-        match = regex(targets, "target_modules", file).fullmatch
-        named = {path for path in places.weights(model) if match(path)}
-    else:
-        ends = names(config, "target_modules", file)
-        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in ends)}
-    saved = names(config, "modules_to_save", file)
-    named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
-    lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
-    if lost:
-        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
 
 
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:
