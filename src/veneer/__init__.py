@@ -16,7 +16,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import AdaLoRA, FullFineTuning, LoRA
+from veneer.methods import AdaLoRA, FullFineTuning, HiRA, LoRA, MiSS, SHiRA
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -27,12 +27,15 @@ __all__ = [
     "Before",
     "Delta",
     "FullFineTuning",
+    "HiRA",
     "Input",
     "KeyValue",
     "LoRA",
     "Method",
+    "MiSS",
     "ParameterCount",
     "Place",
+    "SHiRA",
     "VeneerError",
     "Weight",
     "activate",

@@ -203,6 +203,9 @@ class Delta(nn.Module, ABC):
     def settle(self) -> None:
         """Start from the inputs that were observed; AdapterError where they are too few."""
 
+    def verify(self) -> None:
+        """Raise MethodError where tensors that were read from a file cannot be this delta's, whatever their shapes."""
+
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer import lowrank
-from veneer.delta import After, Place
+from veneer.delta import Place
 from veneer.errors import AdapterError, MethodError
 
 PLAIN = ("kaiming", "gaussian", "orthogonal")
@@ -99,8 +99,8 @@ class BesideInputs(lowrank.Beside):
         known = 0 if self.directions is None else int((self.directions.norm(dim=1) > 0).sum())
         if self.directions is None or known < self.rank:
             raise AdapterError(
-                f"saw {self.seen} inputs with {known} directions among them, fewer than rank={self.rank}. Calibrate with "
-                "more batches, and on code that calls this layer."
+                f"saw {self.seen} inputs with {known} directions among them, fewer than rank={self.rank}. Calibrate "
+                "with more batches, and on code that calls this layer."
             )
         self.A.data.copy_(self.directions / self.directions.norm(dim=1, keepdim=True))
         self.directions, self.waits = None, False
@@ -108,7 +108,7 @@ class BesideInputs(lowrank.Beside):
     def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
         if self.waits:
             raise AdapterError(
-                "LoRA(init='eva') has not seen any activations yet. Call veneer.calibrate(model, adapter, batches) first."
+                "LoRA(init='eva') has not seen any activations. Call veneer.calibrate(model, adapter, batches) first."
             )
         return super().parts()
 

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning"),  # of PEFT's SHiRA
     pytest.mark.filterwarnings("ignore:One of the base layers adapted with ShiRA:UserWarning"),
 ]
 
@@ -26,7 +27,14 @@ WHERE = "q_proj | v_proj | down_proj"
 ADALORA = {"total_step": 20, "init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 5, "deltaT": 2, "lora_alpha": 6}
 OURS = {"total_steps": 20, "initial_rank": 4, "target_rank": 2, "warmup": 2, "final": 5, "interval": 2, "alpha": 6.0}
 CASES = {
-    "AdaLoRA": (lambda **more: peft.AdaLoraConfig(**ADALORA, **more), veneer.AdaLoRA(**OURS), {"E": "lora_E"}),
+    "AdaLoRA": (lambda **more: peft.AdaLoraConfig(**ADALORA, **more), veneer.AdaLoRA(**OURS)),
+    "MiSS": (lambda **more: peft.MissConfig(r=5, **more), veneer.MiSS(rank=5)),
+    "MiSS-mini": (
+        lambda **more: peft.MissConfig(r=8, mini_r=4, init_weights="mini", **more),
+        veneer.MiSS(rank=8, mini_rank=4),
+    ),
+    "HiRA": (lambda **more: peft.HiraConfig(r=4, **more), veneer.HiRA(rank=4)),
+    "SHiRA": (lambda **more: peft.ShiraConfig(r=2, random_seed=3, **more), veneer.SHiRA(rank=2, seed=3)),
 }
 cases = pytest.mark.parametrize("name", CASES)
 dtypes = pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
@@ -79,7 +87,7 @@ def test_veneer_reads_what_peft_wrote(name, dtype, within, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
     adapter = veneer.load(ours, tmp_path)
-    assert {type(claim.method).__name__ for claim in adapter.claims} == {name}
+    assert {type(claim.method).__name__ for claim in adapter.claims} == {name.removesuffix("-mini")}
     same(ours, adapter, theirs, base, within)
 
 
@@ -114,7 +122,10 @@ def test_what_is_foreign_in_a_config_is_refused_by_name(name, tmp_path):
     theirs_on(FAMILIES["llama"].model(), name).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"bias": "all", "use_magic": True}))
-    with pytest.raises(veneer.errors.FileError, match=rf"bias='all', use_magic, which Veneer's {name} does not have"):
+    with pytest.raises(
+        veneer.errors.FileError,
+        match=rf"bias='all', use_magic, which Veneer's {name.removesuffix('-mini')} does not have",
+    ):
         veneer.load(FAMILIES["llama"].model(), tmp_path)
 
 
@@ -198,3 +209,36 @@ def test_a_rank_pattern_goes_both_ways(schedules, tmp_path):
     reloaded = veneer.load(FAMILIES["llama"].model(), tmp_path / "veneer")
     for key, tensor in loaded.state_dict().items():
         assert torch.equal(tensor, reloaded.state_dict()[key]), key
+
+
+def test_other_indices_than_a_weight_has_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    theirs_on(FAMILIES["llama"].model(), "SHiRA").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("q_proj.shira_indices"))
+    tensors[key][1, 5] = 32
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(veneer.errors.CorruptFile, match=r"q_proj has indices outside its weight of shape \(32, 32\)"):
+        veneer.load(FAMILIES["llama"].model(), tmp_path)
+    tensors[key] = tensors[key].float()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(veneer.errors.CorruptFile, match=r"stored as torch\.float32, where an adapter has torch\.int32"):
+        veneer.load(FAMILIES["llama"].model(), tmp_path)
+
+
+def test_one_seed_chooses_the_same_entries_as_peft():
+    base = FAMILIES["llama"].model()
+    theirs = theirs_on(base, "SHiRA")
+    adapter = veneer.attach(copy.deepcopy(base), CASES["SHiRA"][1], WHERE)
+    for claim in adapter.claims:
+        layer = theirs.get_submodule(f"base_model.model.{claim.place.path}")
+        assert torch.equal(claim.delta.indices, layer.shira_indices["default"])
+
+
+def test_a_bat_is_refused(tmp_path):
+    config = peft.MissConfig(r=8, init_weights="bat", target_modules=["q_proj"])
+    peft.get_peft_model(FAMILIES["llama"].model(), config).save_pretrained(tmp_path)
+    with pytest.raises(veneer.errors.FileError, match="uses init_weights='bat', which Veneer's MiSS does not have"):
+        veneer.load(FAMILIES["llama"].model(), tmp_path)

@@ -12,11 +12,17 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import adalora, lora
+from veneer.interop.peft import adalora, hira, lora, miss, shira
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
-KINDS: dict[str, Kind] = {"LORA": lora, "ADALORA": adalora.KIND}
+KINDS: dict[str, Kind] = {
+    "LORA": lora,
+    "ADALORA": adalora.KIND,
+    "HIRA": hira.KIND,
+    "MISS": miss.KIND,
+    "SHIRA": shira.KIND,
+}
 
 
 def to_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -44,7 +44,7 @@ class Table:
     `tensors` has PEFT's name, behind the module's path, for each tensor of our deltas. `write` gives the config's own
     fields for the claims of `METHODS`, of which there is one; `read` is its inverse. `known` names the fields that
     `read` looks at or that change nothing; `only` has the values that a field may have at all. Whatever else is set is
-    refused.
+    refused. `conv1d` says whether PEFT has the kind on transformers' Conv1D.
     """
 
     METHODS: tuple[type[Method], ...]
@@ -53,6 +53,7 @@ class Table:
     read: Callable[[dict[str, Any]], Method]
     known: frozenset[str]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    conv1d: bool = True
 
     def to_tensors(self, claims: Sequence[Claim]) -> dict[str, Tensor]:
         """As `Kind` says."""
@@ -72,7 +73,7 @@ class Table:
         for claim in claims:
             own = claim.delta.state_dict(keep_vars=True)
             if isinstance(claim.method, self.METHODS):
-                _refuse_other_layers(claim.place)
+                _refuse_other_layers(claim.place, self.conv1d)
                 found |= {
                     f"{PREFIX}{claim.place.owner_path}.{theirs}": own[name] for name, theirs in self.tensors.items()
                 }
@@ -127,8 +128,9 @@ class Table:
         return entries
 
 
-def _refuse_other_layers(place: Place) -> None:
+def _refuse_other_layers(place: Place, conv1d: bool) -> None:
     plain = place.parameter == "weight" and len(place.shape) == 2 and not isinstance(place.owner, nn.Embedding)
+    plain = plain and (conv1d or isinstance(place.owner, nn.Linear))
     if not plain or place.spans is not None or place.functional:
         raise NotInPEFT(f"PEFT has this kind on whole linear layers only, and {place.path} is none")
 
