@@ -154,9 +154,61 @@ def test_eva_is_refused_until_it_was_calibrated(tmp_path):
         veneer.calibrate(model, adapter, [])
     veneer.calibrate(model, adapter, [batch])
     assert torch.equal(logits(model, batch), before)
-    with pytest.raises(errors.AdapterError, match="waits for no inputs"):
+    with pytest.raises(errors.AdapterError, match="does not wait for any inputs"):
         veneer.calibrate(model, adapter, [batch])
     assert not any(module._forward_pre_hooks for module in model.modules())
     veneer.save(adapter, tmp_path)
     loaded = veneer.load(copy.deepcopy(FAMILIES["llama"].model()), tmp_path)
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in adapter.state_dict().items())
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """A dense layer, and the same one stored as 4-bit numbers."""
+    pytest.importorskip("bitsandbytes")
+    from test_quantized import quantize
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 48, bias=False))
+    return dense, nn.Sequential(quantize(copy.deepcopy(dense[0]), "nf4"))
+
+
+def test_loftq_starts_with_what_quantizing_lost(quantized, tmp_path):
+    dense, model = quantized
+    adapter = veneer.attach(model, veneer.LoRA(rank=16, alpha=8.0, init="loftq"), "0")
+    with pytest.raises(errors.AdapterError, match=r"Call veneer\.calibrate\(model, adapter, dense_model\) first"):
+        model(torch.randn(2, 64))
+    with pytest.raises(errors.AdapterError, match="has not started yet"):
+        veneer.save(adapter, tmp_path)
+    with pytest.raises(errors.AdapterError, match="does not wait for any inputs"):
+        veneer.calibrate(model, adapter, [])
+    with pytest.raises(errors.AdapterError, match=r"Sequential has no dense weight of shape \(48, 64\) at 0"):
+        veneer.calibrate(model, adapter, nn.Sequential(nn.Linear(5, 48)))
+    veneer.calibrate(model, adapter, dense)
+    delta = only(adapter)
+    lost = dense[0].weight.detach() - adapter.claims[0].place.read().float()
+    left = lost - delta.scale * delta.B.detach() @ delta.A.detach()
+    torch.testing.assert_close(left.norm() ** 2, torch.linalg.svdvals(lost)[16:].square().sum(), rtol=1e-4, atol=0)
+    x = torch.randn(100, 64)
+    with torch.no_grad():
+        near = (model(x) - dense(x)).norm()
+        with veneer.use(model):
+            assert near < 0.8 * (model(x) - dense(x)).norm()
+    veneer.save(adapter, tmp_path)
+    loaded = veneer.load(model, tmp_path, name="again")
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in adapter.state_dict().items())
+
+
+def test_loftq_is_refused_where_nothing_was_lost():
+    with pytest.raises(errors.MethodError, match="this weight is stored as torch.float64. Quantize the base first"):
+        veneer.attach(linear(), veneer.LoRA(rank=2, init="loftq"), "0")
+
+
+def test_pissa_acts_on_a_quantized_base_too(quantized):
+    _, model = quantized
+    x = torch.randn(3, 64)
+    before = model(x)
+    adapter = veneer.attach(model, veneer.LoRA(rank=4, init="pissa"), "0")
+    assert torch.equal(model(x), before)
+    perturb(adapter)
+    assert (model(x) - before).abs().max() > 1e-3

@@ -175,15 +175,16 @@ class Delta(nn.Module, ABC):
     parameters (or the modules that hold them) that are saved with the adapter and never trained; persistent buffers are
     saved too. `reads` names the source of the place that `x` is taken from; empty means the module's first argument.
 
-    A delta with `waits` set has a start that depends on data: `veneer.calibrate` calls `observe` with the inputs of its
-    module, then `settle`, which clears it. Until then it cannot act or be saved.
+    A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
+    is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
+    act or be saved.
     """
 
     mergeable: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
-    waits: bool = False
+    waits: Literal["", "inputs", "weight"] = ""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -198,10 +199,10 @@ class Delta(nn.Module, ABC):
         return None
 
     def observe(self, x: Tensor) -> None:
-        """See inputs of the module, before training."""
+        """See what this delta waits for."""
 
     def settle(self) -> None:
-        """Start from the inputs that were observed; AdapterError where they are too few."""
+        """Start from what was observed; AdapterError where that is too little."""
 
     def verify(self) -> None:
         """Raise MethodError where tensors that were read from a file cannot be this delta's, whatever their shapes."""

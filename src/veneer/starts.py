@@ -1,4 +1,4 @@
-"""Starts of a low-rank pair that are made from the weight itself, or from the activations that reach it.
+"""Starts of a low-rank pair that are made from the weight, what quantizing took from it, or the inputs it gets.
 
 Where a start is no zero change (PiSSA, OLoRA), its product s·B0·A0 is subtracted for good, as two further tensors that
 are saved and never trained: the change is s·(B·A - B0·A0). Trained so, A and B move exactly as they do where the
@@ -26,7 +26,9 @@ def deltas(init: str) -> tuple[type[lowrank.Beside], type[lowrank.Inside]]:
     """The pair's two forms (beside a layer, inside its weight) that start as `init` says."""
     if init in PLAIN:
         return lowrank.Beside, lowrank.Inside
-    return (BesideInputs, InsideInputs) if init == "eva" else (BesideWeight, InsideWeight)
+    return {"eva": (BesideInputs, InsideInputs), "loftq": (BesideLoss, InsideLoss)}.get(
+        init, (BesideWeight, InsideWeight)
+    )
 
 
 class FromWeight(lowrank.Pair):
@@ -75,8 +77,18 @@ def factors(W: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tens
     return root.unsqueeze(1) * V.T, U * root
 
 
-class BesideInputs(lowrank.Beside):
-    """y + s·B·A·dropout(x), where A starts as the main directions of x that `veneer.calibrate` shows it; B is zero."""
+class Waiting(lowrank.Pair):
+    """A pair that cannot act before it has seen what its start is made from."""
+
+    def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
+        if self.waits:
+            what = "batches" if self.waits == "inputs" else "dense_model"
+            raise AdapterError(f"LoRA has not started yet. Call veneer.calibrate(model, adapter, {what}) first.")
+        return super().parts()
+
+
+class BesideInputs(Waiting, lowrank.Beside):
+    """y + s·B·A·dropout(x), where A starts as the main directions of the inputs; B is zero."""
 
     def __init__(self, place: Place, rank: int, scale: float, init: str, dropout: float) -> None:
         super().__init__(place, rank, scale, "kaiming", dropout)
@@ -84,7 +96,7 @@ class BesideInputs(lowrank.Beside):
             raise MethodError("init='eva' needs a linear layer's activations. Use another init, or another `where`.")
         if rank > place.shape[1]:
             raise MethodError(f"init='eva' has {place.shape[1]} directions of the inputs, not {rank}. Lower the rank.")
-        self.waits = not place.filled
+        self.waits = "" if place.filled else "inputs"
         self.seen = 0
         self.directions: Tensor | None = None
 
@@ -103,14 +115,7 @@ class BesideInputs(lowrank.Beside):
                 "with more batches, and on code that calls this layer."
             )
         self.A.data.copy_(self.directions / self.directions.norm(dim=1, keepdim=True))
-        self.directions, self.waits = None, False
-
-    def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
-        if self.waits:
-            raise AdapterError(
-                "LoRA(init='eva') has not seen any activations. Call veneer.calibrate(model, adapter, batches) first."
-            )
-        return super().parts()
+        self.directions, self.waits = None, ""
 
 
 class InsideInputs(lowrank.Inside):
@@ -118,3 +123,37 @@ class InsideInputs(lowrank.Inside):
 
     def __init__(self, place: Place, rank: int, scale: float, init: str) -> None:
         raise MethodError("init='eva' needs inputs, and this weight is read without a call. Use another init there.")
+
+
+class Loss(Waiting):
+    """s·B·A starts as the main part of what quantizing took from the weight: the first step of LoftQ's alternation.
+
+    Its further steps would quantize W - s·B·A anew, and so need a base of their own for each adapter.
+    """
+
+    def __init__(self, place: Place, rank: int, scale: float, init: str, *dropout: Any) -> None:
+        super().__init__(place, rank, scale, "kaiming", *dropout)
+        stored = place.weight.dtype
+        if stored.is_floating_point and not place.filled:
+            raise MethodError(
+                f"init='loftq' makes up for what quantizing lost, and this weight is stored as {stored}. Quantize the "
+                "base first and show veneer.calibrate the dense one, or use init='pissa'."
+            )
+        self.place = place
+        self.waits = "" if place.filled else "weight"
+
+    def observe(self, x: Tensor) -> None:
+        dtype = self.A.dtype
+        lost = x.to(device=self.A.device, dtype=dtype) - self.place.read().to(dtype)
+        A, B = factors(lost.flatten(1), self.rank, self.scale, "pissa")
+        self.A.data.copy_(A.view_as(self.A))
+        self.B.data.copy_(B.view_as(self.B))
+        self.waits = ""
+
+
+class BesideLoss(Loss, lowrank.Beside):
+    """y + s·B·A·dropout(x)."""
+
+
+class InsideLoss(Loss, lowrank.Inside):
+    """w + s·B·A."""

@@ -16,6 +16,7 @@ from veneer.errors import MethodError
 from veneer.methods.full import FullFineTuning
 
 Rank = Annotated[int, Field(ge=1)]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "loftq", "eva"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -36,7 +37,8 @@ class LoRA(Method):
         use_rslora: scale by alpha / sqrt(rank), which keeps high ranks learning.
         init: of A: "kaiming" (uniform within 1/sqrt(fan in)), "gaussian" (std 1/rank), "orthogonal" or "eva" (main
             directions of the inputs that `veneer.calibrate` shows it); B is zero. Of A and B: "pissa" (main directions
-            of W; "pissa_niter_16" by a quick SVD) or "olora" (QR of W); their first product is subtracted for good.
+            of W; "pissa_niter_16" by a quick SVD) or "olora" (QR of W), whose first product is subtracted for good, or
+            "loftq" (what quantizing lost: the dense model shown to `veneer.calibrate`, minus W).
         bias: base biases trained as well: "none", "lora_only" (of the adapted layers) or "all".
         rank_pattern: other ranks, by glob or `re:` regex over module paths; the first match holds.
         alpha_pattern: other alphas, likewise.
@@ -50,12 +52,13 @@ class LoRA(Method):
     Errors:
         MethodError for a value out of range, a pattern or bias option that matches nothing, a start that the layer does
         not have, or dropout on a weight that is read functionally (nn.MultiheadAttention). AdapterError where "eva"
-        acts or is saved before `veneer.calibrate`.
+        or "loftq" act or are saved before `veneer.calibrate`.
 
     Paper:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; rank-stabilised
         scale: Kalajdzievski, arXiv:2312.03732. PiSSA: Meng et al., NeurIPS 2024, arXiv:2404.02948. OLoRA: Büyükakyüz,
-        arXiv:2406.01775. EVA, with equal ranks: Paischer et al., arXiv:2410.07170.
+        arXiv:2406.01775. LoftQ, one step: Li et al., ICLR 2024, arXiv:2310.08659. EVA, with equal ranks: Paischer et
+        al., arXiv:2410.07170.
 
     Example:
         veneer.attach(model, veneer.LoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
@@ -65,7 +68,7 @@ class LoRA(Method):
     alpha: Finite = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     use_rslora: bool = False
-    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora", "eva"] = "kaiming"
+    init: Init = "kaiming"
     bias: Literal["none", "lora_only", "all"] = "none"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)

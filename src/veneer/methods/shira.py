@@ -37,7 +37,7 @@ class _Sparse(Delta):
 
     def change(self, dtype: torch.dtype) -> Tensor:
         """The sparse change, written out in the shape of the weight."""
-        flat = torch.zeros(self.shape[0], math.prod(self.shape[1:]), dtype=dtype, device=self.values.device)
+        flat = self.values.new_zeros(self.shape[0], math.prod(self.shape[1:]), dtype=dtype)
         return flat.index_put(tuple(self.indices.long()), self.values.to(dtype)).view(self.shape)
 
     def verify(self) -> None:
@@ -81,10 +81,10 @@ class SHiRA(Method):
         rank · (in + out) parameters a layer. While not merged each layer writes S out and does its product twice.
 
     Merging:
-        W' is stored, rounded once to the dtype of the weight; all other entries stay as they are.
+        W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, or where S would have more entries than the weight.
+        MethodError for a value out of range, or more entries than the weight has.
 
     Paper:
         Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv:2406.13175; its random mask.
