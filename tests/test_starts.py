@@ -200,7 +200,7 @@ def test_loftq_starts_with_what_quantizing_lost(quantized, tmp_path):
 
 
 def test_loftq_is_refused_where_nothing_was_lost():
-    with pytest.raises(errors.MethodError, match="this weight is stored as torch.float64. Quantize the base first"):
+    with pytest.raises(errors.MethodError, match=r"this weight is stored as torch\.float64\. Quantize the base first"):
         veneer.attach(linear(), veneer.LoRA(rank=2, init="loftq"), "0")
 
 

@@ -1,4 +1,4 @@
-"""Starts that depend on data: deltas look at what reaches their places, or at the weights before they were quantized."""
+"""Starts that depend on data: deltas look at what reaches their places, or at the weights before quantization."""
 
 from __future__ import annotations
 
