@@ -104,7 +104,7 @@ def test_loading_decomposes_nothing(tmp_path, monkeypatch):
     adapter = veneer.attach(model, veneer.LoRA(rank=2, init="pissa"), "0")
     perturb(adapter)
     veneer.save(adapter, tmp_path)
-    monkeypatch.setattr("veneer.starts.factors", None)
+    monkeypatch.setattr("veneer.pairs.factors", None)
     loaded = veneer.load(linear(), tmp_path)
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in adapter.state_dict().items())
 

@@ -9,33 +9,100 @@ Importing this package imports neither transformers nor a quantizer.
 
 __version__ = "0.1.0.dev0"
 
-from veneer.adapter import attach, check
-from veneer.calibration import calibrate
-from veneer.counting import ParameterCount, count_parameters
-from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
-from veneer.errors import VeneerError
-from veneer.handle import Adapter, adapters
-from veneer.merging import detach, merge, unmerge
-from veneer.methods import AdaLoRA, FullFineTuning, HiRA, LoRA, MiSS, SHiRA
-from veneer.routing import activate, use
-from veneer.store import load, save
+from veneer.adapter import (
+    attach,
+    check,
+)
+from veneer.calibration import (
+    calibrate,
+)
+from veneer.counting import (
+    ParameterCount,
+    count_parameters,
+)
+from veneer.delta import (
+    After,
+    Before,
+    Delta,
+    Input,
+    KeyValue,
+    Method,
+    Place,
+    Weight,
+)
+from veneer.errors import (
+    VeneerError,
+)
+from veneer.fusing import (
+    fuse,
+)
+from veneer.handle import (
+    Adapter,
+    adapters,
+)
+from veneer.merging import (
+    detach,
+    merge,
+    unmerge,
+)
+from veneer.methods import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    AdapterFusion,
+    BitFit,
+    BottleneckAdapter,
+    Compacter,
+    DoRA,
+    FullFineTuning,
+    HiRA,
+    LayerNormTuning,
+    LoRA,
+    LoRAFA,
+    MiSS,
+    PrefixTuning,
+    SHiRA,
+    VeRA,
+)
+from veneer.routing import (
+    activate,
+    use,
+)
+from veneer.starts import (
+    start_prefix,
+)
+from veneer.store import (
+    load,
+    save,
+)
 
 __all__ = [
     "AdaLoRA",
     "Adapter",
+    "AdapterFusion",
     "After",
     "Before",
+    "BitFit",
+    "BottleneckAdapter",
+    "Compacter",
     "Delta",
+    "DoRA",
     "FullFineTuning",
     "HiRA",
+    "IA3",
     "Input",
     "KeyValue",
+    "LayerNormTuning",
     "LoRA",
+    "LoRAFA",
     "Method",
     "MiSS",
+    "OFT",
     "ParameterCount",
     "Place",
+    "PrefixTuning",
     "SHiRA",
+    "VeRA",
     "VeneerError",
     "Weight",
     "activate",
@@ -45,9 +112,11 @@ __all__ = [
     "check",
     "count_parameters",
     "detach",
+    "fuse",
     "load",
     "merge",
     "save",
+    "start_prefix",
     "unmerge",
     "use",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -96,6 +97,17 @@ class Adapter:
         for claims in groups.values():
             claims[0].method.after_step([claim.delta for claim in claims], step)
 
+    def folded(self) -> Adapter:
+        """This adapter in the form in which it is saved: what only training needs is folded away."""
+        claims = [(claim, *claim.method.folded(claim.delta)) for claim in self.claims]
+        if all(claim.delta is delta for claim, _, delta in claims):
+            return self
+        plain = [
+            claim if claim.delta is delta else Claim(claim.where, method, replace(claim.place, shared=None), delta)
+            for claim, method, delta in claims
+        ]
+        return Adapter(self.name, self.model, plain, self.also_train)
+
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy tensors in; AdapterError, before anything is changed, where keys or shapes differ."""
@@ -145,8 +157,16 @@ class Adapter:
         lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")
         if self.name in state.routes.merged:
             lines.append("  merged into the base's weights")
+        dropped = sum(one.place.path in state.routes.dropped for one in self.claims)
+        if dropped:
+            lines.append(f"  nothing acts at {dropped} of its places (drop_layers)")
         lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
         return "\n".join(lines)
+
+
+def runs(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims in the groups they were built in: neighbours with one `where` and one method."""
+    return [list(run) for _, run in itertools.groupby(claims, key=lambda claim: (claim.where, id(claim.method)))]
 
 
 def state_of(model: nn.Module) -> State:

@@ -1,159 +1,62 @@
-"""Starts of a low-rank pair that are made from the weight, what quantizing took from it, or the inputs it gets.
-
-Where a start is no zero change (PiSSA, OLoRA), its product s·B0·A0 is subtracted for good, as two further tensors that
-are saved and never trained: the change is s·(B·A - B0·A0). Trained so, A and B move exactly as they do where the
-product is taken out of the weight beforehand, and the weight stays what it was. It is a plain LoRA of twice the rank.
-"""
+"""Where a prefix starts: from the keys and values that real tokens have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import lowrank
-from veneer.delta import Place
-from veneer.errors import AdapterError, MethodError
-
-PLAIN = ("kaiming", "gaussian", "orthogonal")
-POWERS = {"pissa": 0, "pissa_niter_16": 16}
-"""Power iterations of the randomized SVD; none is the exact one."""
+from veneer.errors import MethodError
+from veneer.handle import Adapter, handle
+from veneer.routing import use
+from veneer.seams import transformers
+from veneer.slots import MLPSlots, Slots
 
 
-def deltas(init: str) -> tuple[type[lowrank.Beside], type[lowrank.Inside]]:
-    """The pair's two forms (beside a layer, inside its weight) that start as `init` says."""
-    if init in PLAIN:
-        return lowrank.Beside, lowrank.Inside
-    return {"eva": (BesideInputs, InsideInputs), "loftq": (BesideLoss, InsideLoss)}.get(
-        init, (BesideWeight, InsideWeight)
-    )
+def start_prefix(model: nn.Module, adapter: Adapter | str, batch: Mapping[str, Any]) -> None:
+    """Start a prefix at the keys and values of the batch's first positions, as the base computes them.
 
+    `batch` is what the model is called with, such as a tokenizer's output; its rows are averaged. The base alone runs,
+    without dropout. A model that rotates keys by their position runs at positions -length, -length + 1, ..., so that
+    the prefix starts as the very context that those tokens would be in front of the text. Where positions are learned
+    the tokens stand at positions 0, 1, ..., as they do in a text.
 
-class FromWeight(lowrank.Pair):
-    """A and B start as factors of the weight, A0 and B0 keep that start."""
-
-    def __init__(self, place: Place, rank: int, scale: float, init: str, *dropout: Any) -> None:
-        super().__init__(place, rank, scale, "kaiming", *dropout)
-        if not place.filled and not self.A.is_meta:
-            A, B = factors(place.read().to(self.A.dtype).flatten(1), rank, scale, init)
-            self.A.data.copy_(A.view_as(self.A))
-            self.B.data.copy_(B.view_as(self.B))
-        self.A0: Tensor
-        self.B0: Tensor
-        self.register_buffer("A0", self.A.detach().clone())
-        self.register_buffer("B0", self.B.detach().clone())
-
-    def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
-        return (self.A, self.B, 1.0), (self.A0, self.B0, -1.0)
-
-
-class BesideWeight(FromWeight, lowrank.Beside):
-    """y + s·(B·A - B0·A0)·dropout(x)."""
-
-
-class InsideWeight(FromWeight, lowrank.Inside):
-    """w + s·(B·A - B0·A0)."""
-
-
-def factors(W: Tensor, rank: int, scale: float, init: str) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] of the start."""
-    if rank > min(W.shape):
-        raise MethodError(
-            f"init='{init}' has {min(W.shape)} directions of this weight, not rank={rank}. Lower the rank."
-        )
-    if init == "olora":
-        Q, R = torch.linalg.qr(W)
-        return R[:rank], Q[:, :rank]
-    if scale <= 0:
-        raise MethodError(f"init='{init}' divides by the scale, which is {scale}. Set alpha above 0.")
-    if POWERS[init]:
-        U, S, V = torch.svd_lowrank(W, q=rank, niter=POWERS[init])
-    else:
-        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank], Vh[:rank].T
-    root = (S / scale).sqrt()
-    return root.unsqueeze(1) * V.T, U * root
-
-
-class Waiting(lowrank.Pair):
-    """A pair that cannot act before it has seen what its start is made from."""
-
-    def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
-        if self.waits:
-            what = "batches" if self.waits == "inputs" else "dense_model"
-            raise AdapterError(f"LoRA has not started yet. Call veneer.calibrate(model, adapter, {what}) first.")
-        return super().parts()
-
-
-class BesideInputs(Waiting, lowrank.Beside):
-    """y + s·B·A·dropout(x), where A starts as the main directions of the inputs; B is zero."""
-
-    def __init__(self, place: Place, rank: int, scale: float, init: str, dropout: float) -> None:
-        super().__init__(place, rank, scale, "kaiming", dropout)
-        if len(place.shape) != 2 or isinstance(place.owner, nn.Embedding):
-            raise MethodError("init='eva' needs a linear layer's activations. Use another init, or another `where`.")
-        if rank > place.shape[1]:
-            raise MethodError(f"init='eva' has {place.shape[1]} directions of the inputs, not {rank}. Lower the rank.")
-        self.waits = "" if place.filled else "inputs"
-        self.seen = 0
-        self.directions: Tensor | None = None
-
-    def observe(self, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).to(self.A.dtype)
-        self.seen += len(rows)
-        known = rows if self.directions is None else torch.cat([self.directions, rows])
-        _, S, Vh = torch.linalg.svd(known, full_matrices=False)
-        self.directions = S[: self.rank].unsqueeze(1) * Vh[: self.rank]
-
-    def settle(self) -> None:
-        known = 0 if self.directions is None else int((self.directions.norm(dim=1) > 0).sum())
-        if self.directions is None or known < self.rank:
-            raise AdapterError(
-                f"saw {self.seen} inputs with {known} directions among them, fewer than rank={self.rank}. Calibrate "
-                "with more batches, and on code that calls this layer."
-            )
-        self.A.data.copy_(self.directions / self.directions.norm(dim=1, keepdim=True))
-        self.directions, self.waits = None, ""
-
-
-class InsideInputs(lowrank.Inside):
-    """Refused: such a weight is read without a call whose inputs could be seen."""
-
-    def __init__(self, place: Place, rank: int, scale: float, init: str) -> None:
-        raise MethodError("init='eva' needs inputs, and this weight is read without a call. Use another init there.")
-
-
-class Loss(Waiting):
-    """s·B·A starts as the main part of what quantizing took from the weight: the first step of LoftQ's alternation.
-
-    Its further steps would quantize W - s·B·A anew, and so need a base of their own for each adapter.
+    Raises MethodError where the adapter has no prefix, trains it through a network (reparameterization), or the batch
+    has too few positions or padding among them.
     """
-
-    def __init__(self, place: Place, rank: int, scale: float, init: str, *dropout: Any) -> None:
-        super().__init__(place, rank, scale, "kaiming", *dropout)
-        stored = place.weight.dtype
-        if stored.is_floating_point and not place.filled:
+    adapter = handle(model, adapter)
+    found = {claim.place.path: claim for claim in adapter.claims if isinstance(claim.delta, (Slots, MLPSlots))}
+    if not found:
+        raise MethodError(f"{adapter!r} has no prefix to start. Attach veneer.PrefixTuning.")
+    prefixes = {path: claim.delta for path, claim in found.items() if isinstance(claim.delta, Slots)}
+    if len(prefixes) < len(found):
+        raise MethodError(
+            f"{adapter!r} makes its prefix by a network, which cannot be started from tokens. Attach "
+            "PrefixTuning(reparameterization=False)."
+        )
+    length = max(slots.key.shape[1] for slots in prefixes.values())
+    mask = batch.get("attention_mask")
+    if mask is not None and not bool(mask[:, :length].all()):
+        raise MethodError(f"The first {length} positions of the batch hold padding. Pad on the right, or give one row.")
+    readers = {path: found[path].place.reader for path in prefixes}
+    with use(model), transformers.without_dropout(model):
+        seen = transformers.keys_and_values(model, readers, batch, -length)
+    for path, slots in prefixes.items():
+        positions = min((key.shape[2] for key, _ in seen[path]), default=0)
+        if positions < slots.key.shape[1]:
             raise MethodError(
-                f"init='loftq' makes up for what quantizing lost, and this weight is stored as {stored}. Quantize the "
-                "base first and show veneer.calibrate the dense one, or use init='pissa'."
+                f"{path} saw {positions} positions of the batch, and its prefix has {slots.key.shape[1]}. Give more "
+                "tokens, or a shorter prefix."
             )
-        self.place = place
-        self.waits = "" if place.filled else "weight"
-
-    def observe(self, x: Tensor) -> None:
-        dtype = self.A.dtype
-        lost = x.to(device=self.A.device, dtype=dtype) - self.place.read().to(dtype)
-        A, B = factors(lost.flatten(1), self.rank, self.scale, "pissa")
-        self.A.data.copy_(A.view_as(self.A))
-        self.B.data.copy_(B.view_as(self.B))
-        self.waits = ""
+    for path, slots in prefixes.items():
+        keys, values = zip(*seen[path], strict=True)
+        _fill(slots.key, keys)
+        _fill(slots.value, values)
 
 
-class BesideLoss(Loss, lowrank.Beside):
-    """y + s·B·A·dropout(x)."""
-
-
-class InsideLoss(Loss, lowrank.Inside):
-    """w + s·B·A."""
+@torch.no_grad()
+def _fill(parameter: Tensor, calls: tuple[Tensor, ...]) -> None:
+    """The mean over calls (of a layer used several times) and rows."""
+    parameter.copy_(torch.cat([call[:, :, : parameter.shape[1]].to(parameter.dtype) for call in calls]).mean(0))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from veneer import lowrank
 from veneer.delta import Place
+from veneer.errors import MethodError
 
 
 class Schedule(Protocol):
@@ -49,6 +50,8 @@ class Triplets(lowrank.Pair):
 
     def begin(self, place: Place, orthogonality: float) -> None:
         """Add what a plain pair does not have."""
+        if place.format.rows:
+            raise MethodError("AdaLoRA does not act on stacks of matrices. Leave this one out, or attach LoRA there.")
         self.orthogonality = orthogonality
         assert isinstance(place.shared, Count)
         self.layers = place.shared.count

@@ -16,6 +16,8 @@ from veneer.lowrank import Pair
 class _Hadamard(Pair):
     """A [rank, in], random, and B [out, rank], zero; they change W by W ⊙ (B·A)."""
 
+    additive, measures = False, True
+
     def factor(self, weight: Tensor) -> Tensor:
         """What W is multiplied by to get its change."""
         return self.map.product(self.A.to(weight.dtype), self.B.to(weight.dtype))
@@ -65,7 +67,7 @@ class HiRA(Method):
         does its product twice. No cost at inference once merged.
 
     Merging:
-        W' is stored, rounded once to the dtype of the weight. Over an adapter that is merged already, W is its result.
+        W' is stored, rounded once to the dtype of the weight.
 
     Errors:
         MethodError for a value out of range, or dropout on a weight that is read functionally.

@@ -17,7 +17,7 @@ from veneer.errors import MethodError
 class _Sparse(Delta):
     """values [n], zero, at rows and columns `indices` [2, n] of the weight, seen as a matrix [out, all the rest]."""
 
-    mergeable = True
+    mergeable = additive = True
 
     def __init__(self, place: Place, rank: int, seed: int | None) -> None:
         super().__init__()
@@ -25,6 +25,8 @@ class _Sparse(Delta):
         self.map, self.shape = place.map, place.shape
         out, width = place.shape[0], math.prod(place.shape[1:])
         count = rank * (out + width)
+        if place.format.rows:
+            raise MethodError("SHiRA does not act on stacks of matrices. Leave this one out, or attach LoRA there.")
         if count > out * width:
             raise MethodError(f"rank={rank} means {count} entries of a weight that has {out * width}. Lower the rank.")
         self.indices: Tensor

@@ -12,17 +12,24 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import adalora, hira, lora, miss, shira
+from veneer.interop.peft import adalora, hira, ia3, ln_tuning, lora, miss, oft, prefix, shira, vera
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
 KINDS: dict[str, Kind] = {
-    "LORA": lora,
     "ADALORA": adalora.KIND,
     "HIRA": hira.KIND,
+    "IA3": ia3.KIND,
+    "LN_TUNING": ln_tuning.KIND,
+    "LORA": lora,
     "MISS": miss.KIND,
+    "OFT": oft.KIND,
+    "PREFIX_TUNING": prefix,
     "SHIRA": shira.KIND,
+    "VERA": vera.KIND,
 }
+ROUNDED = {"PREFIX_TUNING"}
+"""Kinds that hold other numbers than the adapter, equal up to rounding; the adapter's own are saved beside them."""
 
 
 def to_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:

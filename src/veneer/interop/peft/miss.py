@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from veneer.handle import Claim
-from veneer.interop.peft.table import Table, the_one
+from torch import nn
+
+from veneer.delta import Method
+from veneer.handle import Adapter, Claim
+from veneer.interop.peft.common import Entry
+from veneer.interop.peft.plain import Plain, refuse_other_layers, refuse_others, single
 from veneer.methods import MiSS
 
 
-def _write(claims: Sequence[Claim]) -> dict[str, Any]:
-    method: MiSS = the_one(claims)
-    mini = {"mini_r": method.mini_rank or 1, "init_weights": "mini" if method.mini_rank else True}
-    return {"r": method.rank, "miss_dropout": method.dropout, "bias": "none", **mini}
+class _MiSS(Plain):
+    METHODS: tuple[type[Method], ...] = (MiSS,)
+    fields = frozenset({"r", "mini_r", "miss_dropout", "bias"})
+    known = ("miss_block",)
+
+    def endings(self, claim: Claim) -> dict[str, tuple[str, tuple[int, ...]]]:
+        refuse_other_layers(claim.place, conv1d=False)
+        return {"D": ("miss_block", tuple(claim.delta.get_parameter("D").shape))}
+
+    def options(self, adapter: Adapter) -> dict[str, Any]:
+        method: MiSS = single(adapter.claims, MiSS)
+        return {
+            "bias": "none",
+            "init_weights": "mini" if method.mini_rank else True,
+            "mini_r": method.mini_rank or 1,
+            "miss_dropout": method.dropout,
+            "peft_type": "MISS",
+            "r": method.rank,
+        }
+
+    def entries(self, model: nn.Module, config: dict[str, Any], modules: dict[str, set[str]], file: str) -> list[Entry]:
+        refuse_others(config, {"bias": ("none",), "init_weights": (True, False, "mini")})
+        mini = config["mini_r"] if config.get("init_weights") == "mini" else None
+        method = MiSS(rank=config["r"], mini_rank=mini, dropout=config.get("miss_dropout", 0.0))
+        return [Entry(method, "target_modules", [(path, None) for path in modules])]
 
 
-def _read(config: dict[str, Any]) -> MiSS:
-    mini = config["mini_r"] if config.get("init_weights") == "mini" else None
-    return MiSS(rank=config["r"], mini_rank=mini, dropout=config.get("miss_dropout", 0.0))
-
-
-KIND = Table(
-    METHODS=(MiSS,),
-    tensors={"D": "miss_block"},
-    write=_write,
-    read=_read,
-    known=frozenset({"r", "mini_r", "miss_dropout"}),
-    only={"bias": ("none",), "init_weights": (True, False, "mini")},
-    conv1d=False,
-)
+KIND = _MiSS()

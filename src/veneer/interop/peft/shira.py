@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from veneer.handle import Claim
-from veneer.interop.peft.table import Table, the_one
+from torch import nn
+
+from veneer.delta import Method
+from veneer.handle import Adapter, Claim
+from veneer.interop.peft.common import Entry
+from veneer.interop.peft.plain import Plain, refuse_other_layers, refuse_others, single
 from veneer.methods import SHiRA
 
 
-def _write(claims: Sequence[Claim]) -> dict[str, Any]:
-    method: SHiRA = the_one(claims)
-    return {"r": method.rank, "random_seed": method.seed, "mask_type": "random", "init_weights": True}
+class _SHiRA(Plain):
+    METHODS: tuple[type[Method], ...] = (SHiRA,)
+    fields = frozenset({"r", "random_seed", "mask_type", "bias"})
+    known = ("shira_weight", "shira_indices")
+
+    def endings(self, claim: Claim) -> dict[str, tuple[str, tuple[int, ...]]]:
+        refuse_other_layers(claim.place, conv1d=False)
+        count = claim.delta.get_parameter("values").numel()
+        return {"values": ("shira_weight", (count,)), "indices": ("shira_indices", (2, count))}
+
+    def options(self, adapter: Adapter) -> dict[str, Any]:
+        method: SHiRA = single(adapter.claims, SHiRA)
+        return {
+            "init_weights": True,
+            "mask_type": "random",
+            "peft_type": "SHIRA",
+            "r": method.rank,
+            "random_seed": method.seed,
+        }
+
+    def entries(self, model: nn.Module, config: dict[str, Any], modules: dict[str, set[str]], file: str) -> list[Entry]:
+        refuse_others(config, {"bias": ("none",)})
+        method = SHiRA(rank=config["r"], seed=config.get("random_seed"))
+        return [Entry(method, "target_modules", [(path, None) for path in modules])]
 
 
-def _read(config: dict[str, Any]) -> SHiRA:
-    return SHiRA(rank=config["r"], seed=config.get("random_seed"))
-
-
-KIND = Table(
-    METHODS=(SHiRA,),
-    tensors={"values": "shira_weight", "indices": "shira_indices"},
-    write=_write,
-    read=_read,
-    known=frozenset({"r", "random_seed", "mask_type", "init_weights"}),
-    only={"bias": ("none",)},
-    conv1d=False,
-)
+KIND = _SHiRA()
