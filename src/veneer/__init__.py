@@ -13,6 +13,11 @@ from veneer.adapter import (
     attach,
     check,
 )
+from veneer.arithmetic import (
+    Computed,
+    combine,
+    to_lora,
+)
 from veneer.calibration import (
     calibrate,
 )
@@ -55,6 +60,7 @@ from veneer.methods import (
     Compacter,
     DoRA,
     FullFineTuning,
+    Gated,
     HiRA,
     LayerNormTuning,
     LoRA,
@@ -85,9 +91,11 @@ __all__ = [
     "BitFit",
     "BottleneckAdapter",
     "Compacter",
+    "Computed",
     "Delta",
     "DoRA",
     "FullFineTuning",
+    "Gated",
     "HiRA",
     "IA3",
     "Input",
@@ -110,6 +118,7 @@ __all__ = [
     "attach",
     "calibrate",
     "check",
+    "combine",
     "count_parameters",
     "detach",
     "fuse",
@@ -117,6 +126,7 @@ __all__ = [
     "merge",
     "save",
     "start_prefix",
+    "to_lora",
     "unmerge",
     "use",
 ]

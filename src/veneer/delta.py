@@ -196,11 +196,12 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `measures`
-    that the delta looks at the base's weight, which must then stay as it is. `fast` names the parameters that LoRA+
-    trains at a larger rate. `still` names parameters (or the modules that hold them) that are saved with the adapter
-    and never trained; persistent buffers are saved too. `reads` names the source of the place that `x` is taken from;
-    empty means the module's first argument.
+    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `linear`
+    that its effect is linear in how far its parameters are from their start, which is always the same, so that trained
+    ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then stay as it
+    is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the modules that
+    hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads` names the
+    source of the place that `x` is taken from; empty means the module's first argument.
 
     A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
     is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
@@ -209,6 +210,7 @@ class Delta(nn.Module, ABC):
 
     mergeable: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()

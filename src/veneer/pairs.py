@@ -25,7 +25,7 @@ POWERS = {"pissa": 0, "pissa_niter_16": 16}
 def deltas(
     init: str, beside: type[lowrank.Beside], inside: type[lowrank.Inside]
 ) -> tuple[type[lowrank.Beside], type[lowrank.Inside]]:
-    """A method's two forms of the pair (beside a layer, inside its weight), those of plain LoRA as `init` starts them."""
+    """A method's two forms of the pair (beside a layer, inside its weight); plain LoRA's start as `init` says."""
     if init in PLAIN:
         return beside, inside
     if beside is not lowrank.Beside:

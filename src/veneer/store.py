@@ -120,7 +120,9 @@ def _options(method: Method) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Method):
         return {"method": type(value).__name__, "options": _options(value)}
-    return {key: _plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _place(place: Place) -> _Place:
@@ -249,10 +251,14 @@ def _method(name: str, options: dict[str, Any], path: Path) -> Method:
 
 
 def _unplain(value: Any, path: Path) -> Any:
+    """What `_plain` made plain; options are immutable, so what JSON holds as a list was a tuple."""
+    if isinstance(value, list):
+        return tuple(_unplain(each, path) for each in value)
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"method", "options"} and isinstance(value["options"], dict):
-        return _method(str(value["method"]), value["options"], path)
+    name, options = value.get("method"), value.get("options")
+    if len(value) == 2 and isinstance(name, str) and isinstance(options, dict):
+        return _method(name, options, path)
     return {key: _unplain(each, path) for key, each in value.items()}
 
 

@@ -7,6 +7,7 @@ from veneer.methods.compacter import Compacter
 from veneer.methods.dora import DoRA
 from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
+from veneer.methods.gated import Gated
 from veneer.methods.hira import HiRA
 from veneer.methods.ia3 import IA3
 from veneer.methods.layer_norm import LayerNormTuning
@@ -26,6 +27,7 @@ __all__ = [
     "Compacter",
     "DoRA",
     "FullFineTuning",
+    "Gated",
     "HiRA",
     "IA3",
     "LayerNormTuning",

@@ -17,7 +17,7 @@ from veneer.errors import MethodError
 class _Shards(Delta):
     """D [rank, out], or [rank, mini_rank], zero."""
 
-    mergeable = additive = True
+    mergeable = additive = linear = True
 
     def __init__(self, place: Place, rank: int, mini_rank: int | None) -> None:
         super().__init__()
