@@ -30,9 +30,9 @@ def deltas(
         return beside, inside
     if beside is not lowrank.Beside:
         raise MethodError(f"init='{init}' starts plain LoRA only. Use one of {', '.join(PLAIN)} here.")
-    return {"eva": (BesideInputs, InsideInputs), "loftq": (BesideLoss, InsideLoss)}.get(
-        init, (BesideWeight, InsideWeight)
-    )
+    if init == "eva":
+        return BesideInputs, InsideInputs
+    return (BesideLoss, InsideLoss) if init == "loftq" else (BesideWeight, InsideWeight)
 
 
 class FromWeight(lowrank.Pair):

@@ -22,6 +22,11 @@ class _MiSS(Plain):
         refuse_other_layers(claim.place, conv1d=False)
         return {"D": ("miss_block", tuple(claim.delta.get_parameter("D").shape))}
 
+    def to_config(self, adapter: Adapter) -> dict[str, Any]:
+        config = super().to_config(adapter)
+        del config["fan_in_fan_out"]  # PEFT has no MiSS on a Conv1D, and no such field
+        return config
+
     def options(self, adapter: Adapter) -> dict[str, Any]:
         method: MiSS = single(adapter.claims, MiSS)
         return {
