@@ -66,7 +66,8 @@ class Place:
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
     `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
-    if at all.
+    if at all. `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left
+    out.
     """
 
     path: str
@@ -88,6 +89,7 @@ class Place:
     norm: nn.Module | None = None
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
+    filled: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -200,6 +202,10 @@ class Delta(nn.Module, ABC):
     stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
     modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
     names the source of the place that `x` is taken from; empty means the module's first argument.
+
+    A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
+    is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
+    act or be saved.
     """
 
     mergeable: ClassVar[bool] = False
@@ -209,6 +215,7 @@ class Delta(nn.Module, ABC):
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
+    waits: Literal["", "inputs", "weight"] = ""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -221,6 +228,15 @@ class Delta(nn.Module, ABC):
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, or None."""
         return None
+
+    def observe(self, x: Tensor) -> None:
+        """See what this delta waits for."""
+
+    def settle(self) -> None:
+        """Start from what was observed; AdapterError where that is too little."""
+
+    def verify(self) -> None:
+        """Raise MethodError where tensors that were read from a file cannot be this delta's, whatever their shapes."""
 
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""

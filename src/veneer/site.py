@@ -249,6 +249,15 @@ def _hook(module: nn.Module, site: Site) -> None:
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
 
 
+def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `see` with what the module is called with, until the handle is removed."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(_first(args, kwargs))
+
+    return module.register_forward_pre_hook(look, with_kwargs=True)
+
+
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The activation a module was called with: its first argument."""
     return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
