@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor
 
 from veneer.delta import Delta, Method, Place, Unit
 from veneer.errors import MethodError
-from veneer.triplets import Beside, Count, Inside, Triplets, allocate
+from veneer.triplets import Beside, Inside, Triplets, allocate
 
-Steps = Annotated[int, Field(ge=0)]
-Decay = Annotated[float, Field(gt=0, lt=1)]
+Steps, Decay = Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class AdaLoRA(Method):
         from initial_rank to target_rank a layer; where it is cut, the least important Λ are set to zero.
 
     Shapes:
-        Q [rank, in], Λ [rank, 1], P [out, rank]; a convolution's Q is [rank, in, *kernel].
+        Q [rank, in], Λ [rank, 1], P [out, rank], called A, E, B; a convolution's Q is [rank, in, *kernel].
 
     Defaults:
         initial_rank: triplets of each layer at the start.
@@ -39,25 +38,25 @@ class AdaLoRA(Method):
         final: last steps, in which the cut stays as it is.
         interval: steps between two cuts.
         beta_importance: decay of the smoothed importance.
-        beta_uncertainty: decay of its smoothed uncertainty.
+        beta_uncertainty: decay of its uncertainty.
         orthogonality: weight of the term in the loss.
         dropout: probability of dropping an input of Q while training.
         rank_pattern: other numbers of triplets, by glob or `re:` regex over module paths; the scale stays.
 
     Cost:
-        rank · (in + out + 1) parameters a layer, and twice their memory for the importance while training; Λ that were
-        cut stay as zeros. The trainer must call `Adapter.regularization` and `Adapter.after_step`, as `train.fit` does.
+        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. A
+        trainer calls `Adapter.regularization`, and `Adapter.after_step` before it zeroes gradients, as `train.fit` does.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, a schedule without steps between warmup and final, a target_rank above
-        initial_rank, a pattern that matches nothing, or dropout on a weight that is read functionally.
+        MethodError for a value out of range, a schedule that cuts nothing, a pattern that matches nothing, a stack of
+        matrices, or dropout on a weight that is read functionally.
 
     Paper:
-        Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023,
-        arXiv:2303.10512; the scale and the term's mean of norms are those of its authors' code.
+        Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv:2303.10512; the
+        scale and the mean of norms are those of its authors' code.
 
     Example:
         veneer.attach(model, veneer.AdaLoRA(total_steps=1000, warmup=100, final=300, interval=10))
@@ -77,9 +76,6 @@ class AdaLoRA(Method):
     rank_pattern: Mapping[str, Steps] = field(default_factory=dict)
     unit: ClassVar[Unit] = "weight"
 
-    def share(self, places: Sequence[Place]) -> nn.Module:
-        return Count(len(places))
-
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.initial_rank)
         sizes = place, rank, self.alpha / (self.initial_rank + 1e-5), self.orthogonality
@@ -95,6 +91,10 @@ class AdaLoRA(Method):
         for pattern in self.rank_pattern:
             if not any(place.matches(pattern) for place in places):
                 raise MethodError(f"The pattern '{pattern}' matches none of AdaLoRA's {len(places)} places.")
+
+    def regularization(self, deltas: Sequence[Delta]) -> Tensor | None:
+        term = super().regularization(deltas)
+        return None if term is None else term / len(deltas)
 
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         allocate(self, [delta for delta in deltas if isinstance(delta, Triplets)], step)
