@@ -241,7 +241,7 @@ def test_stacks_are_refused_where_a_method_does_not_act_on_them(method):
 
 @pytest.mark.parametrize("method", [veneer.DoRA, veneer.LoRAFA])
 def test_kin_of_lora_have_no_such_start(method):
-    with pytest.raises(errors.MethodError, match="init='pissa' starts plain LoRA only. Use one of kaiming"):
+    with pytest.raises(errors.MethodError, match=r"init='pissa' starts plain LoRA only\. Use one of kaiming"):
         veneer.attach(linear(), method(rank=2, init="pissa"), "0")
 
 

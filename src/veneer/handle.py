@@ -86,7 +86,7 @@ class Adapter:
 
     def regularization(self) -> Tensor | None:
         """The sum of the terms that its methods add to the loss; None where there is none."""
-        found = [method.regularization(deltas) for method, deltas in self._by_method()]
+        found = [method.penalty(deltas) for method, deltas in self._by_method()]
         terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else None
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
 from torch import Tensor
 
-from veneer.delta import Delta, Method, Place, Unit
+from veneer.delta import Delta, Method, Place
 from veneer.errors import MethodError
 from veneer.triplets import Beside, Inside, Triplets, allocate
 
-Steps, Decay = Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0, lt=1)]
+Steps = Annotated[int, Field(ge=0)]
+Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class AdaLoRA(Method):
         warmup: first steps, in which nothing is cut.
         final: last steps, in which the cut stays as it is.
         interval: steps between two cuts.
-        beta_importance: decay of the smoothed importance.
+        beta_importance: decay of the importance.
         beta_uncertainty: decay of its uncertainty.
         orthogonality: weight of the term in the loss.
         dropout: probability of dropping an input of Q while training.
         rank_pattern: other numbers of triplets, by glob or `re:` regex over module paths; the scale stays.
 
     Cost:
-        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. A
-        trainer calls `Adapter.regularization`, and `Adapter.after_step` before it zeroes gradients, as `train.fit` does.
+        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. The
+        trainer calls `Adapter.regularization`, and `Adapter.after_step` while gradients are there, as `train.fit` does.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
@@ -74,7 +75,6 @@ class AdaLoRA(Method):
     orthogonality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_pattern: Mapping[str, Steps] = field(default_factory=dict)
-    unit: ClassVar[Unit] = "weight"
 
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.initial_rank)
@@ -92,8 +92,8 @@ class AdaLoRA(Method):
             if not any(place.matches(pattern) for place in places):
                 raise MethodError(f"The pattern '{pattern}' matches none of AdaLoRA's {len(places)} places.")
 
-    def regularization(self, deltas: Sequence[Delta]) -> Tensor | None:
-        term = super().regularization(deltas)
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        term = super().penalty(deltas)
         return None if term is None else term / len(deltas)
 
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
