@@ -212,3 +212,112 @@ def test_pissa_acts_on_a_quantized_base_too(quantized):
     assert torch.equal(model(x), before)
     perturb(adapter)
     assert (model(x) - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_every_matrix_of_a_stack_starts_for_itself(init, tmp_path):
+    family = FAMILIES["mixtral"]
+    model, batch = family.model(), family.batch()
+    before = logits(model, batch)
+    adapter = veneer.attach(model, veneer.LoRA(rank=2, init=init), "*.down_proj")
+    assert torch.equal(logits(model, batch), before)
+    for claim in adapter.claims:
+        assert len(claim.place.shape) == 3
+        for W, A, B in zip(claim.place.read(), claim.delta.A.detach(), claim.delta.B.detach(), strict=True):
+            left = (W - claim.delta.scale * B @ A) if init == "pissa" else (W - B @ B.T @ W)
+            assert left.norm() < 0.99 * W.norm()
+    perturb(adapter)
+    veneer.save(adapter, tmp_path)
+    other = family.model()
+    veneer.load(other, tmp_path)
+    assert torch.equal(logits(other, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("method", [veneer.AdaLoRA(total_steps=9), veneer.SHiRA(rank=1), veneer.MiSS(rank=2)])
+def test_stacks_are_refused_where_a_method_does_not_act_on_them(method):
+    with pytest.raises(errors.MethodError, match=r"stacks of matrices|linear layers only"):
+        veneer.attach(FAMILIES["mixtral"].model(), method, "*.down_proj")
+
+
+@pytest.mark.parametrize("method", [veneer.DoRA, veneer.LoRAFA])
+def test_kin_of_lora_have_no_such_start(method):
+    with pytest.raises(errors.MethodError, match=r"init='pissa' starts plain LoRA only\. Use one of kaiming"):
+        veneer.attach(linear(), method(rank=2, init="pissa"), "0")
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        (veneer.MiSS(rank=64), 64 * 4096),
+        (veneer.MiSS(rank=64, mini_rank=512), 64 * 512),
+        (veneer.HiRA(rank=32), 32 * (4096 + 4096)),
+        (veneer.SHiRA(rank=32), 32 * (4096 + 4096)),
+        (veneer.AdaLoRA(total_steps=10, initial_rank=12), 12 * (4096 + 4096 + 1)),
+        (veneer.LoRA(rank=8, init="pissa"), 8 * (4096 + 4096)),
+    ],
+    ids=str,
+)
+def test_the_papers_parameter_counts(method, count):
+    model = nn.Sequential(nn.Linear(4096, 4096, device="meta"))
+    adapter = veneer.attach(model, method, "0")
+    assert sum(parameter.numel() for parameter in adapter.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (veneer.MiSS(rank=13), "rank=13 is above the 12 inputs"),
+        (veneer.MiSS(rank=2, mini_rank=3), "10 outputs are no multiple of 3"),
+        (veneer.SHiRA(rank=6), "rank=6 means 132 entries of a weight that has 120"),
+    ],
+)
+def test_what_does_not_fit_a_weight(method, words):
+    with pytest.raises(errors.MethodError, match=words):
+        veneer.attach(linear(), method, "0")
+
+
+def test_a_schedule_that_cuts_nothing_is_refused():
+    for options in ({"warmup": 5, "final": 5}, {"initial_rank": 4, "target_rank": 5}):
+        with pytest.raises(errors.MethodError, match="cuts nothing"):
+            veneer.attach(linear(), veneer.AdaLoRA(total_steps=10, **options), "0")
+    with pytest.raises(errors.MethodError, match="'nothing' matches none of AdaLoRA's 1 places"):
+        veneer.attach(linear(), veneer.AdaLoRA(total_steps=10, rank_pattern={"nothing": 2}), "0")
+
+
+@pytest.mark.parametrize("method", [veneer.AdaLoRA(total_steps=9, dropout=0.1), veneer.MiSS(rank=2, dropout=0.1),
+                                    veneer.HiRA(rank=2, dropout=0.1)])  # fmt: skip
+def test_dropout_needs_a_call(method):
+    with pytest.raises(errors.MethodError, match=r"could drop inputs of\. Set dropout=0\.0"):
+        veneer.attach(nn.Sequential(nn.MultiheadAttention(8, 2)), method, "*")
+
+
+@pytest.mark.parametrize("method", [veneer.AdaLoRA(total_steps=9, initial_rank=2, target_rank=1, dropout=0.5),
+                                    veneer.MiSS(rank=4, dropout=0.5), veneer.HiRA(rank=2, dropout=0.5)])  # fmt: skip
+def test_dropout_acts_in_training_alone(method):
+    model = linear().eval()
+    perturb(veneer.attach(model, method, "0"))
+    x = torch.randn(4, 12, dtype=torch.float64)
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+
+
+def test_hira_is_measured_and_the_others_only_add():
+    model = linear()
+    veneer.attach(model, veneer.HiRA(rank=2), "0", name="hira")
+    under = veneer.attach(model, veneer.LoRA(rank=2), "0", name="lora")
+    with pytest.raises(errors.AdapterError, match="'hira' measures the weight of 0"):
+        veneer.merge(model, under)
+
+
+@pytest.mark.parametrize("method", [veneer.LoRA(rank=2, init="olora"), veneer.AdaLoRA(total_steps=9, initial_rank=2,
+                                    target_rank=1)])  # fmt: skip
+def test_arithmetic_takes_all_of_the_change(method):
+    """What is added up is the change that acts: without the start of OLoRA, with the E of AdaLoRA."""
+    model = linear()
+    x = torch.randn(3, 12, dtype=torch.float64)
+    perturb(veneer.attach(model, method, "0", name="one"))
+    expected = model(x).detach()
+    veneer.to_lora(model, "one", rank=4, name="plain")
+    veneer.activate(model, "plain")
+    torch.testing.assert_close(model(x), expected)

@@ -336,6 +336,11 @@ class Method(ABC):
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
         return None
 
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        """What training adds to the loss for this method's deltas: the sum of their own terms, unless it says else."""
+        terms = [term for delta in deltas if (term := delta.regularization()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         """Called by training after optimizer step number `step`, from 1, with this method's deltas."""
 

@@ -35,14 +35,6 @@ class Schedule(Protocol):
     def beta_uncertainty(self) -> float: ...
 
 
-class Count(nn.Module):
-    """How many layers share a budget."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-
 class Triplets(lowrank.Pair):
     """A [rank, in, *kernel] and B [out, rank, *1], nearly zero, with E [rank, 1], zero, between them."""
 
@@ -53,8 +45,6 @@ class Triplets(lowrank.Pair):
         if place.format.rows:
             raise MethodError("AdaLoRA does not act on stacks of matrices. Leave this one out, or attach LoRA there.")
         self.orthogonality = orthogonality
-        assert isinstance(place.shared, Count)
-        self.layers = place.shared.count
         self.E = nn.Parameter(torch.zeros(self.rank, 1, **place.new))
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)
@@ -70,7 +60,7 @@ class Triplets(lowrank.Pair):
         a, b = self.A.flatten(1), self.B.flatten(1)
         one = torch.eye(self.rank, dtype=a.dtype, device=a.device)
         norms = torch.linalg.norm(a @ a.T - one) + torch.linalg.norm(b.T @ b - one)
-        term: Tensor = norms * (self.orthogonality / (2 * self.layers))
+        term: Tensor = norms * (self.orthogonality / 2)
         return term
 
     @torch.no_grad()

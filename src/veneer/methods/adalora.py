@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor
 
-from veneer.delta import Delta, Method, Place, Unit
+from veneer.delta import Delta, Method, Place
 from veneer.errors import MethodError
-from veneer.triplets import Beside, Count, Inside, Triplets, allocate
+from veneer.triplets import Beside, Inside, Triplets, allocate
 
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -28,7 +28,7 @@ class AdaLoRA(Method):
         from initial_rank to target_rank a layer; where it is cut, the least important Λ are set to zero.
 
     Shapes:
-        Q [rank, in], Λ [rank, 1], P [out, rank]; a convolution's Q is [rank, in, *kernel].
+        Q [rank, in], Λ [rank, 1], P [out, rank], called A, E, B; a convolution's Q is [rank, in, *kernel].
 
     Defaults:
         initial_rank: triplets of each layer at the start.
@@ -38,26 +38,26 @@ class AdaLoRA(Method):
         warmup: first steps, in which nothing is cut.
         final: last steps, in which the cut stays as it is.
         interval: steps between two cuts.
-        beta_importance: decay of the smoothed importance.
-        beta_uncertainty: decay of its smoothed uncertainty.
+        beta_importance: decay of the importance.
+        beta_uncertainty: decay of its uncertainty.
         orthogonality: weight of the term in the loss.
         dropout: probability of dropping an input of Q while training.
         rank_pattern: other numbers of triplets, by glob or `re:` regex over module paths; the scale stays.
 
     Cost:
-        rank · (in + out + 1) parameters a layer, and twice their memory for the importance while training; Λ that were
-        cut stay as zeros. The trainer must call `Adapter.regularization` and `Adapter.after_step`, as `train.fit` does.
+        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. The
+        trainer calls `Adapter.regularization`, and `Adapter.after_step` while gradients are there, as `train.fit` does.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, a schedule without steps between warmup and final, a target_rank above
-        initial_rank, a pattern that matches nothing, or dropout on a weight that is read functionally.
+        MethodError for a value out of range, a schedule that cuts nothing, a pattern that matches nothing, a stack of
+        matrices, or dropout on a weight that is read functionally.
 
     Paper:
-        Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023,
-        arXiv:2303.10512; the scale and the term's mean of norms are those of its authors' code.
+        Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv:2303.10512; the
+        scale and the mean of norms are those of its authors' code.
 
     Example:
         veneer.attach(model, veneer.AdaLoRA(total_steps=1000, warmup=100, final=300, interval=10))
@@ -75,10 +75,6 @@ class AdaLoRA(Method):
     orthogonality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_pattern: Mapping[str, Steps] = field(default_factory=dict)
-    unit: ClassVar[Unit] = "weight"
-
-    def share(self, places: Sequence[Place]) -> nn.Module:
-        return Count(len(places))
 
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.initial_rank)
@@ -95,6 +91,10 @@ class AdaLoRA(Method):
         for pattern in self.rank_pattern:
             if not any(place.matches(pattern) for place in places):
                 raise MethodError(f"The pattern '{pattern}' matches none of AdaLoRA's {len(places)} places.")
+
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        term = super().penalty(deltas)
+        return None if term is None else term / len(deltas)
 
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         allocate(self, [delta for delta in deltas if isinstance(delta, Triplets)], step)
