@@ -15,7 +15,7 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, W
 from veneer.errors import VeneerError
 from veneer.handle import Adapter, adapters
 from veneer.merging import detach, merge, unmerge
-from veneer.methods import FullFineTuning, LoRA, PrefixTuning
+from veneer.methods import FullFineTuning, LLaMAAdapter, LoRA, PrefixTuning
 from veneer.routing import activate, use
 from veneer.starts import start_prefix
 from veneer.store import load, save
@@ -28,6 +28,7 @@ __all__ = [
     "FullFineTuning",
     "Input",
     "KeyValue",
+    "LLaMAAdapter",
     "LoRA",
     "Method",
     "ParameterCount",

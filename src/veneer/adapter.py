@@ -61,7 +61,7 @@ def claim(
     claims: list[Claim] = []
     while pairs:
         text, one = pairs.pop(0)
-        found = places.find(model, text, one.unit)
+        found = one.select(places.find(model, text, one.unit))
         one.check(found)
         claims += build(one, found, text, dtype)
         pairs += list(one.companions(found))

@@ -64,7 +64,8 @@ class Place:
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
-    `turn` is how an attention moves keys to another position, if at all.
+    `turn` is how an attention moves keys to another position, if at all, and `projections` holds the weights that make
+    its keys ("k") and values ("v"), where each is made by one.
     """
 
     path: str
@@ -85,6 +86,7 @@ class Place:
     sources: Mapping[str, Source] = field(default_factory=dict)
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
+    projections: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -228,7 +230,12 @@ class KeyValue(Delta):
 
     The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
     tensors are cast to the dtype and device of k and v.
+
+    Where `apart` is set, delta(k, v) is its own positions alone: every query attends to them apart from the layer's own
+    (a second softmax), and what comes out is added.
     """
+
+    apart: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -289,6 +296,10 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def select(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Those of the places found at which this method stands."""
+        return places
 
     def folded(self, delta: Delta) -> tuple[Method, Delta]:
         """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
