@@ -30,6 +30,8 @@ METHODS = {
     "LoRA-rs": veneer.LoRA(rank=3, use_rslora=True, rank_pattern={"q_proj": 2}),
     "Before": InputScale(),
     "KeyValue": KeySlots(),
+    "PrefixTuning-MLP": veneer.PrefixTuning(length=3, reparameterization=True, hidden=8),
+    "LLaMAAdapter": veneer.LLaMAAdapter(length=3),
 }
 # bitsandbytes computes 8-bit products in float16 and says so at every call on float32 activations
 eight_bit = pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")

@@ -25,6 +25,8 @@ METHODS = {
     "Before": InputScale(),
     "Input": EmbeddingShift(),
     "KeyValue": KeySlots(),
+    "PrefixTuning-MLP": veneer.PrefixTuning(length=3, reparameterization=True, hidden=8),
+    "LLaMAAdapter": veneer.LLaMAAdapter(length=3),
 }
 WAYS = ("ddp", "fsdp")
 PROCESSES = 2
