@@ -59,13 +59,14 @@ class Place:
     `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
     `tied` are the other places that read the very same parameter and get the very same delta.
 
-    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys;
-    of a sublayer (its width,). `layer` is the number of the block it lies in, -1 outside the blocks.
+    `shape` is the weight's logical shape [out, in, *kernel], of a stack of matrices [experts, out, in]; of an attention
+    it is (heads, width of a key, width of a value) of its keys; of a sublayer (its width,). `layer` is the number of
+    the block it lies in, -1 outside the blocks.
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
-    where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
-    `turn` is how an attention moves keys to another position, if at all, and `projections` holds the weights that make
-    its keys ("k") and values ("v"), where each is made by one.
+    where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
+    `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
+    if at all, and `projections` holds the weights that make its keys ("k") and values ("v"), where each is made by one.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Place:
     layer: int = -1
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    norm: nn.Module | None = None
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
     projections: Mapping[str, Place] = field(default_factory=dict)
@@ -110,7 +112,7 @@ class Place:
     @property
     def bias(self) -> str:
         """Path of the bias beside the weight, or the empty string."""
-        name = self.parameter.replace("weight", "bias")
+        name = self.format.bias(self.parameter)
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
 
     def turned(self, keys: Tensor, by: int) -> Tensor:
@@ -134,22 +136,32 @@ class Place:
     def restricted(self, spans: tuple[Span, ...], label: str) -> Place:
         """This place, for only these output rows of its weight; `label` tells it from its siblings."""
         rows = sum(stop - start for start, stop in spans)
-        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=(rows, *self.shape[1:]))
+        dim = self.format.rows
+        shape = (*self.shape[:dim], rows, *self.shape[dim + 1 :])
+        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=shape)
 
     def read(self) -> Tensor:
-        """The weight as a dense tensor in its logical shape [out, in, ...]; only the rows of `spans`."""
+        """The weight as a dense tensor in its logical shape; only the rows of `spans`."""
         dense = self.format.read(self.owner, self.parameter)
-        return dense if self.spans is None else dense[row_index(self.spans, dense.device)]
+        if self.spans is None:
+            return dense
+        return dense.index_select(self.format.rows, row_index(self.spans, dense.device))
 
     def product(self) -> Product:
         """What multiplies activations by the base weight at every call, however the weight is stored."""
         return Product(self)
 
+    def overlaps(self, other: Place) -> bool:
+        """Whether two places share the thing, and rows of it."""
+        if self.key != other.key or self.spans is None or other.spans is None:
+            return self.key == other.key
+        return any(a < d and c < b for a, b in self.spans for c, d in other.spans)
+
     def write(self, weight: Tensor) -> None:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
             dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
-            weight = dense.index_copy(0, row_index(self.spans, dense.device), weight)
+            weight = dense.index_copy(self.format.rows, row_index(self.spans, dense.device), weight)
         self.format.write(self.owner, self.parameter, weight)
 
 
@@ -164,14 +176,15 @@ class Product:
         return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
 
     def bias(self) -> Tensor | None:
-        """The base's bias beside the weight (its rows), or None."""
-        bias = self.place.owner._parameters.get(self.place.parameter.replace("weight", "bias"))
+        """The bias beside the weight (its rows) as this forward reads it, or None."""
+        owner, name = self.place.owner, self.place.format.bias(self.place.parameter)
+        bias = owner.__dict__.get(name, owner._parameters.get(name))
         return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
 def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
     """The row numbers that `spans` mean, in order."""
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+    return torch.tensor([row for start, stop in spans for row in range(start, stop)], device=device)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -182,12 +195,18 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `fast` names the parameters that LoRA+ trains at a larger rate. `still` names
-    parameters (or the modules that hold them) that are saved with the adapter and never trained; persistent buffers are
-    saved too. `reads` names the source of the place that `x` is taken from; empty means the module's first argument.
+    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `linear`
+    that its effect is linear in how far its parameters are from their start, which is always the same, so that several
+    trained ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then
+    stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
+    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
+    names the source of the place that `x` is taken from; empty means the module's first argument.
     """
 
     mergeable: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
@@ -207,6 +226,10 @@ class Delta(nn.Module, ABC):
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
         raise MethodError(f"{type(self).__name__} acts on activations; it has no merged weight.")
+
+    def merge_bias(self, bias: Tensor) -> Tensor:
+        """The base's bias beside the weight with this delta folded in; most leave it as it is."""
+        return bias
 
     forward: Callable[..., Any]  # each port declares what it is called with
 
@@ -242,14 +265,21 @@ class KeyValue(Delta):
 
 
 class Input(Delta):
-    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e).
+
+    With `slots` of 0 that has the same shape. Otherwise it has `slots` positions in front of e, which stays as it is;
+    every token may attend to those, and ids is None where the model was given embeddings. The place then has the
+    source "stack".
+    """
+
+    slots: int = 0
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
+    def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):
-    """Where a parameter w is read, delta(w) is read instead; the stored w stays as it is."""
+    """Where a parameter w (in its logical shape) is read, delta(w) is read instead; the stored w stays as it is."""
 
     @abstractmethod
     def forward(self, w: Tensor) -> Tensor: ...
@@ -287,6 +317,10 @@ class Method(ABC):
     def build(self, place: Place) -> Delta:
         """The delta for one place, on the place's device and in `compute_dtype` of its weight."""
 
+    def select(self, places: Sequence[Place]) -> Sequence[Place]:
+        """Those of the places a `where` names that this method acts on; MethodError where none is left."""
+        return places
+
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
         return None
@@ -296,10 +330,6 @@ class Method(ABC):
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
-
-    def select(self, places: Sequence[Place]) -> Sequence[Place]:
-        """Those of the places found at which this method stands."""
-        return places
 
     def folded(self, delta: Delta) -> tuple[Method, Delta]:
         """What is saved in place of this method and its delta, and computes the same, without what only trains it."""

@@ -4,6 +4,8 @@
                     read off the model's data flow (transformers models)
     linear, block   every linear map in the repeated blocks, never the head
     embedding, head the token embedding, the projection over the vocabulary
+    input           the token embedding that a forward reads first: the encoder's where the decoder has one, too
+    norm            every module whose weight is a vector
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
     a | b           the union; beside a regular expression the bar has a space on either side
@@ -24,13 +26,13 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, rotary, transformers, written
+from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
     *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
     *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
-    *("linear", "block", "embedding", "head"),
+    *("linear", "block", "embedding", "input", "head", "norm"),
 )
 
 
@@ -116,8 +118,13 @@ def parameters(model: nn.Module) -> dict[str, Place]:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Place]:
-    tables = set(_tables(model))
-    return {path: place for path, place in weights(model).items() if path in tables}
+    """The token embeddings, each with the modules around it that its positions pass through."""
+    tables, blocks = _tables(model), anatomy.repeated(model)
+    return {
+        path: dataclasses.replace(place, sources=inputs.sources(model, path, tables, blocks))
+        for path, place in weights(model).items()
+        if path in tables
+    }
 
 
 def _tables(model: nn.Module) -> tuple[str, ...]:
@@ -151,7 +158,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 reader=reader,
                 shape=sublayer.heads,
                 functional=not sublayer.registered,
-                layer=read.layer(sublayer),
+                layer=read.layer(sublayer.ends.blocks),
                 turn=functools.partial(rotary.turn, model, sublayer.module),
                 projections=_projections(sublayer, projections),
             )
@@ -190,8 +197,9 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
             shape=(sublayer.ends.width,),
             functional=False,
             item=item,
-            layer=read.layer(sublayer),
+            layer=read.layer(sublayer.ends.blocks),
             sources=sources,
+            norm=named[sublayer.ends.norm] if sublayer.ends.norm else None,
         )
     return found
 
@@ -233,9 +241,11 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in anatomy.repeated(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
-    if role == "embedding":
-        tables = _tables(model)
+    if role in ("embedding", "input"):
+        tables = _tables(model)[: 1 if role == "input" else None]
         return [place for place in inventory.values() if place.owner_path in tables]
+    if role == "norm":
+        return [place for place in inventory.values() if _is_norm(place.owner)]
     if role == "head":
         module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
@@ -271,6 +281,12 @@ def _kinds(model: nn.Module, unit: Unit) -> dict[str, str]:
     return {sublayer.ends.output[0]: sublayer.kind for sublayer in sublayers if sublayer.ends.output}
 
 
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    below = [child for child in module.children() if not isinstance(child, site.Site)]
+    return weight is not None and weight.dim() == 1 and not below
+
+
 def _is_matrix(place: Place) -> bool:
     return len(place.shape) == 2 and not isinstance(place.owner, nn.Embedding)
 
@@ -294,6 +310,11 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
+def layer(model: nn.Module, place: Place) -> int:
+    """The number of the block a place lies in, -1 outside the blocks."""
+    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
+
+
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
     if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", site.Routes())):
@@ -315,7 +336,8 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
         edges = [edge for span in spans or () for edge in span]
-        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
-            raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
+        rows = place.shape[place.format.rows]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
+            raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
     return _tie(found) if unit == "parameter" else found

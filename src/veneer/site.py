@@ -14,7 +14,7 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -45,6 +45,8 @@ class Routes:
     active: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] | None = None
     merged: list[str] = field(default_factory=list)
+    dropped: frozenset[str] = frozenset()
+    """Paths of places where nothing acts, whoever is active."""
 
     def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
         """The rows of a batch that `name` acts on; None means all, [] none.
@@ -70,6 +72,11 @@ class Routes:
             )
         return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
 
+    def serves(self, name: str, binding: Binding) -> bool:
+        """Whether `name` acts at this binding, on all rows or some."""
+        acting = self.active if self.rows is None else {each for row in self.rows for each in row}
+        return name in acting and name not in self.merged and binding.path not in self.dropped
+
 
 class Held:
     """An activation between the module it passed by and the delta that reads it."""
@@ -77,6 +84,10 @@ class Held:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds nothing: what passed by belongs to a forward of the original."""
+        return {**vars(self), "value": None}
 
     def take(self) -> Tensor:
         """The activation, which is let go of."""
@@ -95,11 +106,13 @@ class Binding:
     path: str
     owner: str
     parameter: str
+    format: Any  # the place's own
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
     attends: tuple[int, ...] = ()
     """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 class Site(nn.ModuleDict):
@@ -123,7 +136,7 @@ class Site(nn.ModuleDict):
             if rows == []:
                 continue
             for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port):
+                if isinstance(delta, port) and binding.path not in self.routes.dropped:
                     yield delta, binding, rows
 
 
@@ -168,7 +181,7 @@ def share(model: nn.Module, name: str, modules: Sequence[nn.Module], routes: Rou
     for module in modules:
         site = _made(model, "", name, routes)
         cast(nn.ModuleList, site[name]).append(module)
-        site.bindings[name].append(Binding("", "", "", None))
+        site.bindings[name].append(Binding("", "", "", None, None))
         site[name].train(model.training)
 
 
@@ -181,7 +194,17 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
     attends = place.shape if place.unit == "attention" and place.functional else ()
     site.bindings[name].append(
-        Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held, attends)
+        Binding(
+            place.path,
+            next(below, ""),
+            place.parameter,
+            place.format,
+            place.spans,
+            place.item,
+            held,
+            attends,
+            place.sources,
+        )
     )
     _hook(place.reader, site)
 
@@ -210,19 +233,20 @@ def _hook(module: nn.Module, site: Site) -> None:
     ]
     site.handles += [
         binding.held.source.module.register_forward_pre_hook(
-            functools.partial(_hold, held=binding.held), with_kwargs=True, prepend=True
+            functools.partial(_hold, routes=site.routes, name=name, binding=binding), with_kwargs=True, prepend=True
         )
-        for bindings in site.bindings.values()
+        for name, bindings in site.bindings.items()
         for binding in bindings
         if binding.held
     ]
     if any(issubclass(kind, Weight) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
-        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
     if any(issubclass(kind, Before) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
     if any(issubclass(kind, (After, Input)) for kind in kinds):
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
+    if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
+        site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -235,9 +259,14 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held) -> None:
-    key = held.source.key
-    held.value = args[key] if isinstance(key, int) else kwargs[key]
+def _hold(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes, name: str, binding: Binding
+) -> None:
+    """Keep what a delta will read, where it will act: what nobody takes would stay in memory."""
+    held = binding.held
+    if held is not None and routes.serves(name, binding):
+        key = held.source.key
+        held.value = args[key] if isinstance(key, int) else kwargs[key]
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -251,6 +280,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+        if isinstance(delta, Input) and delta.slots:
+            continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
@@ -293,14 +324,15 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
-        owner = module.get_submodule(binding.owner)
+        owner, form = module.get_submodule(binding.owner), binding.format
         weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        weight = form.logical(owner, weight)
         if binding.spans is None:
             weight = delta(weight)
         else:
             part = row_index(binding.spans, weight.device)
-            weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
-        owner.__dict__[binding.parameter] = weight
+            weight = weight.index_copy(form.rows, part, delta(weight.index_select(form.rows, part)))
+        owner.__dict__[binding.parameter] = form.stored(owner, weight)
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -347,3 +379,22 @@ def apart(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Te
             yield (*delta(k, v), None)
         else:
             yield (*delta(_take(k, 0, rows), _take(v, 0, rows)), torch.tensor(rows, device=k.device))
+
+
+def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:
+    """How many positions each active `Input` delta of this site puts in front of which rows, the foremost last."""
+    acting = ((cast(Input, delta), rows) for delta, _, rows in site.deltas(Input, batch))
+    return [(delta.slots, rows) for delta, rows in acting if delta.slots]
+
+
+def in_front(site: Site, ids: Tensor | None, embeddings: Tensor) -> Tensor:
+    """The embeddings with all that `slots` names in front of them; rows that a delta does not serve get zeros there."""
+    for delta, _, rows in site.deltas(Input, embeddings):
+        if not cast(Input, delta).slots:
+            continue
+        if rows is None:
+            embeddings = delta(ids, embeddings)
+        else:
+            served = delta(None if ids is None else _take(ids, 0, rows), _take(embeddings, 0, rows))
+            embeddings = _put(F.pad(embeddings, (0, 0, cast(Input, delta).slots, 0)), 0, rows, served)
+    return embeddings
