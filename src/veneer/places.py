@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -310,9 +310,12 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
-def layer(model: nn.Module, place: Place) -> int:
-    """The number of the block a place lies in, -1 outside the blocks."""
-    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
+def layers(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
+    """The number of the block that each place lies in, -1 outside the blocks, by the place's path."""
+    places = list(places)
+    inside = anatomy.layers(model, {place.owner_path for place in places})
+    known = ("attention", "sublayer")
+    return {place.path: place.layer if place.unit in known else inside[place.owner_path] for place in places}
 
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:

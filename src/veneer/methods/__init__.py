@@ -8,6 +8,7 @@ from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
 from veneer.methods.gated import Gated
 from veneer.methods.ia3 import IA3
+from veneer.methods.invertible import InvertibleAdapter
 from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.llama_adapter import LLaMAAdapter
 from veneer.methods.lora import LoRA
@@ -28,6 +29,7 @@ __all__ = [
     "Gated",
     "IA3",
     "LLaMAAdapter",
+    "InvertibleAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
