@@ -66,8 +66,12 @@ class Place:
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
     `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
+<<<<<<< HEAD
     if at all. `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left
     out.
+=======
+    if at all, and `projections` holds the weights that make its keys ("k") and values ("v"), where each is made by one.
+>>>>>>> prefix
     """
 
     path: str
@@ -89,7 +93,11 @@ class Place:
     norm: nn.Module | None = None
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
+<<<<<<< HEAD
     filled: bool = False
+=======
+    projections: Mapping[str, Place] = field(default_factory=dict)
+>>>>>>> prefix
 
     @property
     def weight(self) -> nn.Parameter:
@@ -268,7 +276,12 @@ class KeyValue(Delta):
 
     The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
     tensors are cast to the dtype and device of k and v.
+
+    Where `apart` is set, delta(k, v) is its own positions alone: every query attends to them apart from the layer's own
+    (a second softmax), and what comes out is added.
     """
+
+    apart: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...

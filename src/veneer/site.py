@@ -359,6 +359,8 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor 
     seen: Tensor | None = None
     front = 0
     for delta, _, rows in site.deltas(KeyValue, k):
+        if cast(KeyValue, delta).apart:
+            continue
         if rows is None:
             wide_k, wide_v = delta(k, v)
         else:
@@ -375,6 +377,17 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor 
             seen = torch.cat([served, before], dim=1)
         k, v, front = wide_k, wide_v, front + added
     return k, v, seen
+
+
+def apart(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys and values to attend to apart, with the rows of the batch that do (None: all)."""
+    for delta, _, rows in site.deltas(KeyValue, k):
+        if not cast(KeyValue, delta).apart:
+            continue
+        if rows is None:
+            yield (*delta(k, v), None)
+        else:
+            yield (*delta(_take(k, 0, rows), _take(v, 0, rows)), torch.tensor(rows, device=k.device))
 
 
 def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:

@@ -12,6 +12,7 @@ from veneer.methods.hira import HiRA
 from veneer.methods.ia3 import IA3
 from veneer.methods.invertible import InvertibleAdapter
 from veneer.methods.layer_norm import LayerNormTuning
+from veneer.methods.llama_adapter import LLaMAAdapter
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.miss import MiSS
@@ -35,6 +36,7 @@ __all__ = [
     "HiRA",
     "IA3",
     "InvertibleAdapter",
+    "LLaMAAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
