@@ -13,14 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import veneer
 from veneer import demo
-from veneer.errors import VeneerError
+from veneer.errors import TemplateError, VeneerError
 from veneer.samples import smollm2, verses, whole
 from veneer.samples.verses import Verse
 from veneer.train import (
     Collator,
     Example,
     Recipe,
-    TemplateError,
     answer_logits,
     chrf,
     encode,
@@ -254,6 +253,23 @@ def test_the_optimizer_takes_the_adapters_own_groups(tokenizer, monkeypatch):
     monkeypatch.setattr(veneer.Adapter, "parameter_groups", lambda self, lr: groups(self, lr=0.0))
     _, adapter, _, _, _ = trained(tokenizer, steps=2)
     assert all(not parameter.any() for key, parameter in adapter.named_parameters() if key.endswith("B"))
+
+
+@pytest.mark.parametrize("strength", [0.0, 100.0])
+def test_training_adds_what_the_methods_add_to_the_loss(tokenizer, strength):
+    model = tiny(tokenizer)
+    for name in ("one", "two"):
+        veneer.attach(model, veneer.BottleneckAdapter(width=4), name=name)
+    fusion = veneer.fuse(model, ["one", "two"], method=veneer.AdapterFusion(regularization=strength))
+    values = [p for key, p in fusion.named_parameters() if key.endswith("value")]
+    for value in values:  # the parts add nothing yet, so only the term can move V
+        value.data.add_(0.1)
+    rows = [encode(tokenizer, example) for example in EXAMPLES * 8]
+    recipe = Recipe(steps=5, batch_size=4, learning_rate=0.01)
+    history = fit(model, fusion, rows, Collator.of(model, tokenizer), recipe)
+    distance = sum((value - torch.eye(32)).pow(2).sum().item() for value in values)
+    assert distance == pytest.approx(2 * 32 * 32 * 0.01) if strength == 0 else distance < 2 * 32 * 32 * 0.01 * 0.95
+    assert (history.training[0][1] > 1000) == (strength > 0)
 
 
 def test_speed_counts_the_tokens_without_padding_and_the_time_without_probes(tokenizer, monkeypatch):

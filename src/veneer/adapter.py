@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import places, site
-from veneer.delta import Method, Place
+from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
 from veneer.methods import FullFineTuning
@@ -61,7 +61,7 @@ def claim(
     claims: list[Claim] = []
     while pairs:
         text, one = pairs.pop(0)
-        found = places.find(model, text, one.unit)
+        found = one.select(places.find(model, text, one.unit))
         one.check(found)
         claims += build(one, found, text, dtype)
         pairs += list(one.companions(found))
@@ -93,6 +93,15 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                 dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
             )
             delta = method.build(mapped)
+            if place.unit == "weight" and place.functional and not isinstance(delta, Weight):
+                raise MethodError(
+                    "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
+                    "of `where`, or use a method with a weight form such as LoRA."
+                )
+            if delta.reads not in ("", *place.sources):
+                raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
+            if place.spans is not None and isinstance(delta, Before):
+                raise MethodError("the other roles of this fused projection read the same input. Name the whole layer.")
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
         if dtype is not None:
@@ -141,18 +150,12 @@ def _refuse_overlaps(claims: Sequence[Claim], stacked: Sequence[tuple[Method, ..
         others = by_key.setdefault(new.place.key, [])
         for old in others:
             together = any(old.method in group and new.method in group for group in stacked)
-            if not together and _overlap(old.place, new.place):
+            if not together and old.place.overlaps(new.place):
                 raise Overlap(
                     f"{type(old.method).__name__} (where='{old.where}') and {type(new.method).__name__} "
                     f"(where='{new.where}') both claim {new.place.path}. Pass a tuple to stack them, in order."
                 )
         others.append(new)
-
-
-def _overlap(one: Place, other: Place) -> bool:
-    if one.spans is None or other.spans is None:
-        return True
-    return any(a < d and c < b for a, b in one.spans for c, d in other.spans)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -219,7 +222,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     acting = {name for row in state.routes.rows or (state.routes.active,) for name in row} - set(state.routes.merged)
     active = [adapter for adapter in state.adapters.values() if adapter.name in acting]
     ran: set[int] = set()
-    watched = [one for adapter in active for one in adapter.claims]
+    watched = [one for adapter in active for one in adapter.claims if one.place.path not in state.routes.dropped]
     hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]
     try:
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,8 +157,16 @@ class Adapter:
         lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")
         if self.name in state.routes.merged:
             lines.append("  merged into the base's weights")
+        dropped = sum(one.place.path in state.routes.dropped for one in self.claims)
+        if dropped:
+            lines.append(f"  nothing acts at {dropped} of its places (drop_layers)")
         lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
         return "\n".join(lines)
+
+
+def runs(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims in the groups they were built in: neighbours with one `where` and one method."""
+    return [list(run) for _, run in itertools.groupby(claims, key=lambda claim: (claim.where, id(claim.method)))]
 
 
 def state_of(model: nn.Module) -> State:

@@ -10,17 +10,20 @@ as they are and keeps no float32 copy of them for backward; matrix products accu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.delta import After, Delta, Place, Weight, compute_dtype
 
 
 class Pair(Delta):
-    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s."""
+    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s; for each matrix of a stack."""
 
     mergeable = True
+    additive = True
     fast = frozenset({"B"})
 
     def __init__(self, place: Place, rank: int, scale: float, init: str) -> None:
@@ -33,7 +36,8 @@ class Pair(Delta):
         a, b = self.map.factors(place.shape, rank)
         self.A = nn.Parameter(torch.empty(a, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(b, dtype=dtype, device=device))
-        _start(self.A.data, init, self.map.fan_in(place.shape))
+        for matrix in self.map.matrices(self.A.data):
+            _start(matrix, init, self.map.fan_in(place.shape))
 
     def merge(self, weight: Tensor) -> Tensor:
         return weight + self.scale * self.map.product(self.A.to(weight.dtype), self.B.to(weight.dtype))
@@ -49,6 +53,10 @@ class Beside(Pair, After):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if x.is_floating_point():
             x = self.dropout(x.to(y.dtype))
+        return self.change(x, y)
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """The base's answer y with the pair in it; x as dropout left it."""
         h = self.map.down(x, self.A.to(y.dtype))
         return y + self.map.up(h * self.scale, self.B.to(y.dtype))
 
@@ -69,3 +77,61 @@ def _start(A: Tensor, init: str, fan_in: int) -> None:
         nn.init.normal_(A, std=1 / len(A))
     else:
         nn.init.orthogonal_(A)
+
+
+class Projections(nn.Module):
+    """A [rank, widest in] and B [widest out, rank], uniform within sqrt(6 / fan in) and never trained."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, places: Sequence[Place], rank: int, seed: int, saved: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {"A": (rank, max(p.shape[1] for p in places)), "B": (max(p.shape[0] for p in places), rank)}
+        for name, size in sizes.items():
+            drawn = torch.empty(size, device="meta" if places[0].weight.is_meta else "cpu")
+            bound = math.sqrt(6 / size[1])
+            if not drawn.is_meta:
+                drawn.uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(**places[0].new), persistent=saved)
+
+
+class Vectors(Delta):
+    """d [rank] and b [out], which scale what the shared A and B give."""
+
+    mergeable = True
+    additive = True
+    shared: Projections
+
+    def __init__(self, place: Place, rank: int, d_initial: float, dropout: float) -> None:
+        super().__init__()
+        self.borrow(shared=place.shared)
+        self.shape = place.shape
+        self.dropout = nn.Dropout(dropout)
+        self.d = nn.Parameter(torch.full((rank,), d_initial, **place.new))
+        self.b = nn.Parameter(torch.zeros(place.shape[0], **place.new))
+
+    def factors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This layer's part of A, d, and its part of diag(b)·B, where and as `like` is."""
+        A, B = self.shared.A[:, : self.shape[1]].to(like), self.shared.B[: self.shape[0]].to(like)
+        return A, self.d.to(like.dtype), self.b.to(like.dtype)[:, None] * B
+
+    def merge(self, weight: Tensor) -> Tensor:
+        A, d, B = self.factors(weight)
+        return weight + B * d @ A
+
+
+class BesideShared(Vectors, After):
+    """y + diag(b)·B·diag(d)·A·dropout(x)."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        A, d, B = self.factors(y)
+        return y + F.linear(F.linear(self.dropout(x.to(y.dtype)), A) * d, B)
+
+
+class InsideShared(Vectors, Weight):
+    """w + diag(b)·B·diag(d)·A."""
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.merge(w)

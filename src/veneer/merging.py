@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from veneer.adapter import take_off
-from veneer.delta import Weight, compute_dtype
+from veneer.delta import Before, Delta, Weight, compute_dtype, row_index
 from veneer.errors import AdapterError, NotMergeable, listed
-from veneer.handle import Adapter, handle, in_order, state_of
+from veneer.handle import Adapter, Claim, handle, in_order, state_of
 
 
 def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
@@ -30,8 +30,15 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
     state = state_of(model)
     if adapter.name in state.routes.merged:
         raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
+    if dropped := [one.place.path for one in adapter.claims if one.place.path in state.routes.dropped]:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' is left out of {listed(dropped)} by drop_layers, which merging would undo. Call "
+            "veneer.activate without drop_layers first."
+        )
     _refuse_unmergeable(model, adapter)
     _refuse_replaced(model, adapter)
+    _refuse_measured(model, adapter)
+    _refuse_between(model, adapter)
     _fold(adapter)
     if permanent:
         adapter.originals.clear()
@@ -48,25 +55,54 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
 @torch.no_grad()
 def _fold(adapter: Adapter) -> None:
     kept: set[tuple[int, str]] = set()
+
+    def keep(owner: nn.Module, name: str) -> bool:
+        """Keep a parameter before it is first changed; whether it was not yet."""
+        key = id(owner), name
+        if key in kept:
+            return False
+        kept.add(key)
+        adapter.originals.append((owner, name, cast(nn.Parameter, owner._parameters[name]).detach().clone()))
+        return True
+
     try:
-        for one in sorted(adapter.claims, key=lambda one: not isinstance(one.delta, Weight)):  # as a forward does
+        for one in _outwards(adapter):
             place = one.place
-            if place.key not in kept:
-                kept.add(place.key)
-                adapter.originals.append((place.owner, place.parameter, place.weight.detach().clone()))
+            if not keep(place.owner, place.parameter) and one.delta.measures:
+                raise NotMergeable(
+                    f"{place.path}: {type(one.method).__name__} measures the base's weight, which another method of "
+                    "this adapter changes first. Keep it attached, or put it first in the tuple."
+                )
             dense = place.read()
             try:
                 place.write(one.delta.merge(dense.to(compute_dtype(dense.dtype))))
             except NotMergeable as error:
                 raise NotMergeable(f"{place.path}: {error}") from None
+            if place.bias and type(one.delta).merge_bias is not Delta.merge_bias:
+                name = place.bias.rpartition(".")[2]
+                keep(place.owner, name)
+                bias = cast(nn.Parameter, place.owner._parameters[name])
+                rows = row_index(place.spans or ((0, len(bias)),), bias.device)
+                bias[rows] = one.delta.merge_bias(bias[rows].to(compute_dtype(bias.dtype))).to(bias.dtype)
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
 
 
+def _depth(delta: Delta) -> int:
+    """How far from the stored weight a delta acts: where it is read, on what it gives, on what it is given."""
+    return 0 if isinstance(delta, Weight) else 2 if isinstance(delta, Before) else 1
+
+
+def _outwards(adapter: Adapter) -> list[Claim]:
+    """An adapter's claims from the weight outwards; of those before the layer the last acts next to it."""
+    inner = sorted((c for c in adapter.claims if _depth(c.delta) < 2), key=lambda c: _depth(c.delta))
+    return inner + [c for c in reversed(adapter.claims) if _depth(c.delta) == 2]
+
+
 @torch.no_grad()
 def _restore(adapter: Adapter) -> None:
-    for owner, name, stored in adapter.originals:
+    for owner, name, stored in reversed(adapter.originals):
         cast(nn.Parameter, owner._parameters[name]).data.copy_(stored)
     adapter.originals.clear()
 
@@ -102,6 +138,40 @@ def _refuse_replaced(model: nn.Module, adapter: Adapter) -> None:
                 )
 
 
+def _refuse_measured(model: nn.Module, adapter: Adapter) -> None:
+    """The weight that another adapter measures (DoRA its norms) must not change below it."""
+    state = state_of(model)
+    for other in state.adapters.values():
+        if other is adapter or other.name in state.routes.merged:
+            continue
+        for one in other.claims:
+            if one.delta.measures and any(one.place.overlaps(mine.place) for mine in adapter.claims):
+                raise AdapterError(
+                    f"Adapter '{other.name}' measures the weight of {one.place.path}, so '{adapter.name}' cannot be "
+                    f"merged or unmerged below it. Merge or detach '{other.name}' first."
+                )
+
+
+def _refuse_between(model: nn.Module, adapter: Adapter) -> None:
+    """What acts between an adapter and the weight cannot be passed over, unless both only add."""
+    state = state_of(model)
+    position = {name: i for i, name in enumerate(state.routes.order)}
+    for other in state.adapters.values():
+        if other is adapter or other.name in state.routes.merged:
+            continue
+        later = position[other.name] > position[adapter.name]
+        for one in other.claims:
+            for mine in adapter.claims:
+                if (one.delta.additive and mine.delta.additive) or not one.place.overlaps(mine.place):
+                    continue
+                near, far = _depth(one.delta), _depth(mine.delta)
+                if near < far or (near == far and later == (far == 2)):
+                    raise AdapterError(
+                        f"Adapter '{other.name}' acts between '{adapter.name}' and the weight of {one.place.path}, "
+                        f"which merging would pass over. Merge or detach '{other.name}' first."
+                    )
+
+
 def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     """Put back the weights that `merge` kept, bit for bit; the adapter acts through its hooks again.
 
@@ -113,6 +183,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
         raise AdapterError(f"Adapter '{adapter.name}' is not merged.")
     if merged[-1] != adapter.name:
         raise AdapterError(f"Adapter '{merged[-1]}' was merged after '{adapter.name}'. Unmerge '{merged[-1]}' first.")
+    _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
     torch.compiler.reset()

@@ -66,21 +66,26 @@ class LoRA(Method):
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)
     unit: ClassVar[Unit] = "weight"
+    beside: ClassVar[type[Beside]] = Beside
+    inside: ClassVar[type[Inside]] = Inside
 
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.rank)
         alpha = place.choose(self.alpha_pattern, self.alpha)
         scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
         if not place.functional:
-            return Beside(place, rank, scale, self.init, self.dropout)
+            return self.beside(place, rank, scale, self.init, self.dropout)
         if self.dropout:
-            raise MethodError("The weight is read without a call that LoRA could drop inputs of. Set dropout=0.0.")
-        return Inside(place, rank, scale, self.init)
+            name = type(self).__name__
+            raise MethodError(f"The weight is read without a call that {name} could drop inputs of. Set dropout=0.0.")
+        return self.inside(place, rank, scale, self.init)
 
     def check(self, places: Sequence[Place]) -> None:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             if not any(place.matches(pattern) for place in places):
-                raise MethodError(f"The pattern '{pattern}' matches none of LoRA's {len(places)} places.")
+                raise MethodError(
+                    f"The pattern '{pattern}' matches none of {type(self).__name__}'s {len(places)} places."
+                )
         if self.bias == "lora_only" and not any(place.bias for place in places):
             raise MethodError("bias='lora_only' would train nothing: no adapted layer has a bias. Use bias='none'.")
 

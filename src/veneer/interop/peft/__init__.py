@@ -12,11 +12,22 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import lora, prompt
+from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, prompt, vera
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
-KINDS: dict[str, Kind] = {"LORA": lora, "PROMPT_TUNING": prompt, "P_TUNING": prompt}
+KINDS: dict[str, Kind] = {
+    "IA3": ia3.KIND,
+    "LN_TUNING": ln_tuning.KIND,
+    "LORA": lora,
+    "OFT": oft.KIND,
+    "PREFIX_TUNING": prefix,
+    "PROMPT_TUNING": prompt,
+    "P_TUNING": prompt,
+    "VERA": vera.KIND,
+}
+ROUNDED = {"PREFIX_TUNING"}
+"""Kinds that hold other numbers than the adapter, equal up to rounding; the adapter's own are saved beside them."""
 
 
 def to_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:

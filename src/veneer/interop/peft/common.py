@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer import site
 from veneer.delta import Method, Span
-from veneer.errors import CorruptFile
+from veneer.errors import CorruptFile, listed
 from veneer.handle import Adapter, Claim
 from veneer.seams import transformers
 
@@ -99,6 +99,40 @@ def regex(text: str, field: str, file: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise CorruptFile(f"{file}: {field} holds {text!r}, no regular expression: {error}.") from None
+
+
+def means(targets: list[str] | str, path: str, field: str, file: str) -> bool:
+    """Whether PEFT's target (a regular expression, or endings of paths) means a module."""
+    if isinstance(targets, str):
+        return regex(targets, field, file).fullmatch(path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def refuse_incomplete(paths: Iterable[str], config: dict[str, Any], found: set[str], file: str) -> None:
+    """A module that the config names and the model has must have tensors: a file may have lost some."""
+    if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return
+    targets = config.get("target_modules")
+    if targets == "all-linear":
+        return
+    targets = targets if isinstance(targets, str) else names(config, "target_modules", file)
+    saved = names(config, "modules_to_save", file)
+    named = {path for path in paths if means(targets, path, "target_modules", file)}
+    named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
+    if named - found:
+        raise CorruptFile(f"{file} names {listed(sorted(named - found))}, for which its tensors are missing.")
+
+
+def refuse_unsaved(config: dict[str, Any], keys: set[str], file: str) -> None:
+    """A module that the config says was trained whole must have tensors."""
+    for name in names(config, "modules_to_save", file):
+        if not any(re.fullmatch(rf"(.*\.)?{re.escape(name)}\..*", whole_path(key)) for key in keys):
+            raise CorruptFile(f"{file} says that {name} was trained whole, but its tensors are missing.")
+
+
+def whole_path(key: str) -> str:
+    """The path of a parameter trained whole."""
+    return re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
 
 
 @torch.no_grad()
