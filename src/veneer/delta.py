@@ -66,12 +66,8 @@ class Place:
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
     `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
-<<<<<<< HEAD
-    if at all. `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left
-    out.
-=======
     if at all, and `projections` holds the weights that make its keys ("k") and values ("v"), where each is made by one.
->>>>>>> prefix
+    `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left out.
     """
 
     path: str
@@ -93,11 +89,8 @@ class Place:
     norm: nn.Module | None = None
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
-<<<<<<< HEAD
     filled: bool = False
-=======
     projections: Mapping[str, Place] = field(default_factory=dict)
->>>>>>> prefix
 
     @property
     def weight(self) -> nn.Parameter:
