@@ -131,20 +131,19 @@ def _tables(model: nn.Module) -> tuple[str, ...]:
 def _attentions(model: nn.Module) -> dict[str, Place]:
     """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
     attention.wrap()
-    projections = {place.owner_path: place for place in weights(model).values()}
+    inventory = parameters(model)
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}
     for sublayer in read.sublayers:
-        if sublayer.registered and sublayer.roles["k"] and sublayer.module not in found:
-            key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
-            reader = named[sublayer.module]
+        parts = [part for role in "kvqo" for part in sublayer.roles.get(role, [])]
+        if sublayer.registered and parts and sublayer.module not in found:
             found[sublayer.module] = dataclasses.replace(
-                key,
+                inventory[parts[0].parameter],
                 unit="attention",
                 path=sublayer.module,
                 reader_path=sublayer.module,
-                reader=reader,
+                reader=named[sublayer.module],
                 shape=sublayer.heads,
                 functional=False,
                 layer=read.layer(sublayer),
@@ -159,7 +158,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
     read = anatomy.read(model)
     found: dict[str, Place] = {}
     for sublayer in read.sublayers:
-        last = sublayer.roles.get("o") or sublayer.roles.get("down")
+        last = [part for role in ("q", "k", "up", "o", "down") for part in sublayer.roles.get(role, [])]
         if sublayer.ends.output is None or not last:
             continue
         path, item = sublayer.ends.output
@@ -225,7 +224,8 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     for short, part in anatomy.read(model).parts(role):
         place = by_parameter.get(part.parameter)
         if place is not None:
-            found.append(place.restricted(part.spans, short) if part.spans else place)
+            flat = len(place.shape) == 2  # the experts of a 3-D parameter are taken whole
+            found.append(place.restricted(part.spans, short) if part.spans and flat else place)
     return found
 
 

@@ -14,12 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from veneer.seams.trace import Graph
+from veneer.seams.graph import Graph, Key
+from veneer.seams.residuals import SAME, Branch, chain
 
-# What returns its input's own numbers, while evaluating.
-_SAME = {"dropout", "to", "contiguous", "view", "reshape", "clone", "type_as", "float"}
-
-Key = int | str
 K = TypeVar("K")
 
 
@@ -36,38 +33,58 @@ class Ends:
     sources: dict[str, tuple[str, Key]] = field(default_factory=dict)
 
 
-def find(graph: Graph, adding: str, stream: int, branch: int, repeated: list[str]) -> Ends:
-    """The ends of the sublayer between `stream` and `branch`, whose sum the module `adding` takes."""
-    returned = _outermost(
-        (call.path, key)
-        for same in _same(graph, branch)
-        for call in graph.calls
-        for key, node in call.outputs.items()
-        if node == same and _inside(call.path, adding) and graph.kinds[call.path] != "Dropout"
-    )
-    around = sorted((path for path in repeated if returned and _inside(f"{returned[0]}.", path)), key=len)
-    block = around[-1] if around else adding
-    first = next((n for n in graph.between(stream, branch) if n.is_weight or n.core), None)
-    inputs = [i for i in first.inputs if i == stream or graph.reaches(stream, i)] if first else []
-    ends = {"input": inputs[0] if inputs else stream, "residual": stream}
+def find(graph: Graph, branch: Branch, repeated: list[str]) -> Ends:
+    """The ends of a branch."""
+    back = chain(graph, branch.stream, branch.end)
+    same = _same(graph, branch.end)
+    returned, width = None, graph.nodes[branch.end].shape[-1]
+    for nodes in (same, *([node] for node in back if node not in same)):
+        returned = _outermost(
+            (path, key)
+            for node in nodes
+            for path, key in graph.returned.get(node, [])
+            if _inside(path, branch.adding) and graph.kinds[path] != "Dropout"
+        )
+        if returned:
+            width = graph.nodes[nodes[0]].shape[-1]
+            break
+    around = around_of(returned[0] if returned else branch.adding, repeated)
+    block = around[-1] if around else branch.adding
+    first = next((n for n in graph.between(branch.stream, branch.end) if n.is_weight or n.core), None)
+    inputs = [i for i in first.inputs if i == branch.stream or graph.reaches(branch.stream, i)] if first else []
     found = {
         name: _outermost(
-            (call.path, key)
+            (path, key)
             for same in _same(graph, node)
-            for call in graph.calls
-            for key, read in call.inputs.items()
-            if read == same and _inside(call.path, block)
+            for path, key in graph.given.get(same, [])
+            if _inside(path, block) or (returned and path == block == returned[0])
         )
-        for name, node in ends.items()
+        for name, node in {"input": inputs[0] if inputs else branch.stream, "residual": branch.stream}.items()
     }
     sources = {name: end for name, end in found.items() if end is not None}
-    return Ends(graph.nodes[branch].shape[-1], tuple(around), returned, sources)
+    return Ends(width, around, returned, sources)
+
+
+def of_module(graph: Graph, path: str, repeated: list[str]) -> Ends:
+    """The ends of a module as a whole: what it is given first, and what it returns first."""
+    call = next(call for call in graph.calls if call.path == path)
+    output = next(iter(call.outputs.items()), None)
+    given = next(iter(call.inputs), None)
+    if output is None or given is None:
+        return Ends(blocks=around_of(path, repeated))
+    sources = {"input": (path, given), "residual": (path, given)}
+    return Ends(graph.nodes[output[1]].shape[-1], around_of(path, repeated), (path, output[0]), sources)
+
+
+def around_of(path: str, repeated: list[str]) -> tuple[str, ...]:
+    """The repeated modules that a module lies in, or is, the outermost first."""
+    return tuple(sorted((block for block in repeated if f"{path}.".startswith(f"{block}.")), key=len))
 
 
 def _same(graph: Graph, index: int) -> list[int]:
     """A node and those before it that hold the same numbers."""
     found = [index]
-    while graph.nodes[found[-1]].op in _SAME and graph.nodes[found[-1]].inputs:
+    while graph.nodes[found[-1]].op in SAME and graph.nodes[found[-1]].inputs:
         found.append(graph.nodes[found[-1]].inputs[0])
     return found
 

@@ -1,14 +1,13 @@
 """One probe forward, recorded as a data-flow graph.
 
 A `TorchFunctionMode` sees every torch call, hooks on the modules tell which of them makes it, and transformers'
-attention interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by
-meta tensors: shapes flow, no weight is needed, nothing is computed.
+attention interface is wrapped for the time of the trace so that an attention is one node. Parameters are best replaced
+by meta tensors: shapes flow, no weight is needed, nothing is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,103 +16,37 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
-            "multi_head_attention_forward"}  # fmt: skip
+from veneer.seams.graph import Call, Graph, Node
+
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
+PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "addbmm", "einsum",
+            "tensordot", "bilinear", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"} | CONVOLUTIONS  # fmt: skip
+LOOKUPS = {"__getitem__", "index_select"}
 # A question about values has no answer on meta tensors; "no" keeps models on their general path, off their shortcuts.
 NO_ANSWER = {"__bool__": False, "__contains__": False, "item": 0}
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
-@dataclass
-class Node:
-    """One tensor of the forward: the call that made it, and what that call read."""
-
-    index: int
-    op: str
-    module: str
-    shape: tuple[int, ...]
-    inputs: tuple[int, ...] = ()
-    ancestors: int = 0
-    parameters: tuple[str, ...] = ()
-    is_weight: bool = False
-    core: tuple[int, ...] | None = None
-    call: Callable[[dict[int, Tensor]], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: the nodes it was given, by position or name, and those it returned (None: all there is)."""
-
-    path: str
-    inputs: dict[int | str, int]
-    outputs: dict[int | str | None, int]
-
-
-@dataclass
-class Graph:
-    """All nodes in the order of the forward; sets of nodes are integers, bit i for node i."""
-
-    nodes: list[Node] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=dict)
-    """The class name of each module."""
-
-    def reaches(self, start: int, end: int) -> bool:
-        """Whether data flows from one node to another."""
-        return bool(self.nodes[end].ancestors >> start & 1)
-
-    def between(self, start: int, end: int) -> list[Node]:
-        """Nodes that data passes from `start` to `end`; with `end`, without `start`."""
-        ancestors = self.nodes[end].ancestors
-        return [n for n in self.nodes[start + 1 : end] if ancestors >> n.index & 1 and n.ancestors >> start & 1] + [
-            self.nodes[end]
-        ]
-
-    def weights_behind(self, index: int) -> list[Node]:
-        """The nearest products with a parameter that a node descends from."""
-        found, seen, stack = [], set[int](), [index]
-        while stack:
-            node = self.nodes[stack.pop()]
-            if node.index in seen or node.core:
-                continue
-            seen.add(node.index)
-            if node.is_weight:
-                found.append(node)
-            else:
-                stack.extend(node.inputs)
-        return sorted(found, key=lambda node: node.index)
-
-    def replay(self, start: int, end: int, seed: int = 0) -> Tensor:
-        """Which columns (last dimension) of node `start` reach node `end`: a mask, by gradients of random numbers."""
-        random = torch.Generator().manual_seed(seed)
-        values = {start: torch.randn(self.nodes[start].shape, generator=random, requires_grad=True)}
-        for node in self.between(start, end):
-            assert node.call is not None
-            for i in node.inputs:
-                if i not in values:
-                    values[i] = torch.rand(self.nodes[i].shape, generator=random) + 0.5
-            with torch.enable_grad():
-                values[node.index] = node.call(values)
-        end_value = values[end]
-        weights = torch.rand(end_value.shape, generator=random) + 0.5
-        (gradient,) = torch.autograd.grad((end_value * weights).sum(), values[start])
-        return gradient.flatten(0, -2).ne(0).any(0)
-
-
 class Tracer(TorchFunctionMode):
     """Records a `Graph` while it is entered."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.graph = Graph(kinds={path: type(module).__name__ for path, module in model.named_modules()})
         self.paused = False
         self.stack = [""]
+        self.last = ""
         self.modules = list(model.modules())
         self.hooks: list[RemovableHandle] = []
         self.paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-        self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
+        self.parameters: dict[int, str] = {}
         self.node_of: dict[int, int] = {}
-        self.alive: list[Tensor] = list(parameters.values())
+        self.alive: list[Tensor] = []
+
+    def start(self, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+        """Say which tensors are parameters, and which are the model's inputs."""
+        self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
+        self.alive += parameters.values()
         for name, tensor in inputs.items():
             self.add(tensor, Node(0, f"input {name}", "", ()))
 
@@ -133,7 +66,8 @@ class Tracer(TorchFunctionMode):
             hook.remove()
 
     def _entered(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(self.paths[id(module)])
+        self.last = self.paths[id(module)]
+        self.stack.append(self.last)
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
@@ -144,10 +78,23 @@ class Tracer(TorchFunctionMode):
         self.paused = True
         several = dict(enumerate(output)) if isinstance(output, (tuple, list)) else output
         outputs = {None: output} if isinstance(output, Tensor) else several if isinstance(several, dict) else {}
+        self._opaque(module, (args, kwargs), outputs.values())
         self.graph.calls.append(
             Call(self.stack[-1], self._nodes({**dict(enumerate(args)), **kwargs}), self._nodes(outputs))
         )
         self.paused = False
+
+    def _opaque(self, module: nn.Module, given: Any, outputs: Iterable[Any]) -> None:
+        """What a module returned that no torch call was seen to make came out of its own kernel."""
+        unseen = [value for value in outputs if isinstance(value, Tensor) and id(value) not in self.node_of]
+        inputs = tuple(self.node(tensor).index for tensor in _tensors(given)) if unseen else ()
+        matrices = [p for p in module._parameters.values() if p is not None and p.dim() >= 2] if unseen else []
+        paths = tuple(self.parameters[id(p)] for p in matrices if id(p) in self.parameters)
+        for tensor in unseen:
+            self.add(
+                tensor,
+                Node(0, "opaque", self.stack[-1], (), inputs, parameters=paths, is_weight=bool(paths and inputs)),
+            )
 
     def _nodes(self, values: dict[Any, Any]) -> dict[Any, int]:
         return {key: self.node(value).index for key, value in values.items() if isinstance(value, Tensor)}
@@ -163,7 +110,7 @@ class Tracer(TorchFunctionMode):
     def add(self, tensor: Tensor, node: Node) -> Node:
         """Append a node and let it stand for the tensor."""
         nodes = self.graph.nodes
-        node.index, node.shape = len(nodes), tuple(tensor.shape)
+        node.index, node.shape, node.dtype = len(nodes), tuple(tensor.shape), tensor.dtype
         for i in node.inputs:
             node.ancestors |= nodes[i].ancestors | 1 << i
         nodes.append(node)
@@ -195,19 +142,24 @@ class Tracer(TorchFunctionMode):
         if name == "__setitem__":
             outputs = [args[0]]
         data = [node for node in inputs if not node.parameters or node.is_weight]
-        matrices = [node for node in inputs if node.parameters and not node.is_weight and len(node.shape) >= 2]
-        parameters = tuple(path for node in matrices for path in node.parameters)
-        is_weight = bool(data and matrices) and name in PRODUCTS
+        weights = [node for node in inputs if node.parameters and not node.is_weight and len(node.shape) >= 2]
+        parameters = tuple(path for node in weights for path in node.parameters)
+        is_weight = bool(data and weights) and name in PRODUCTS
+        chosen = name in LOOKUPS and bool(weights) and inputs[0] is weights[0] and len(weights[0].shape) >= 3
         core = None
         if name in FUSED_ATTENTION:
-            core = (inputs[0].index, inputs[1].index, inputs[2].index)
+            operands = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+            core = (self.node(operands[0]).index, self.node(operands[1]).index, self.node(operands[2]).index)
+        read = tuple(dict.fromkeys(node.index for node in inputs))
         for position, tensor in enumerate(outputs):
             call = self._replayable(func, args, kwargs, position if isinstance(output, (tuple, list)) else None)
-            self.add(
-                tensor,
-                Node(0, name, self.stack[-1], (), tuple(dict.fromkeys(node.index for node in inputs)), call=call,
-                     parameters=parameters if is_weight or not data else (), is_weight=is_weight, core=core),
-            )  # fmt: skip
+            node = Node(0, name, self.stack[-1], (), read, is_weight=is_weight, core=core, call=call)
+            node.parameters = parameters if is_weight or chosen or not data else ()
+            self.add(tensor, node)
+            base = tensor._base
+            if base is not None and id(base) in self.node_of and _writes(name):
+                whole = Node(0, "write", self.stack[-1], (), (self.node_of[id(base)], node.index))
+                self.add(base, whole)
 
     def _replayable(
         self, func: Callable[..., Any], args: Any, kwargs: Any, position: int | None
@@ -217,7 +169,7 @@ class Tracer(TorchFunctionMode):
         indices = [self.node_of[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in leaves]
 
         def call(values: dict[int, Tensor]) -> Tensor:
-            filled = [leaf if i is None else values[i] for leaf, i in zip(leaves, indices, strict=True)]
+            filled = [leaf if i is None else values[i].clone() for leaf, i in zip(leaves, indices, strict=True)]
             again_args, again_kwargs = tree_unflatten(filled, structure)
             output = func(*again_args, **again_kwargs)
             result: Tensor = output if position is None else list(_tensors(output))[position]
@@ -227,7 +179,7 @@ class Tracer(TorchFunctionMode):
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, run: Callable[[], Any]) -> Any:
         """One attention through an interface: run it unseen, and record it as a single node."""
-        operands = tuple(self.node(tensor).index for tensor in (q, k, v))
+        operands = (self.node(q).index, self.node(k).index, self.node(v).index)
         path = self.paths.get(id(module), "")
         self.paused = True  # reading a shape is a torch call too
         try:
@@ -241,3 +193,8 @@ class Tracer(TorchFunctionMode):
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def _writes(name: str) -> bool:
+    """Whether a call changes the tensor it is given, which may be a view of another."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("_"))
