@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[veneer.Method, str]] = {
 }
 FLOORS = {"LoRA attached": 550, "LoRA": 450, "serial adapter": 430, "serial adapter, text": 166, "prefix": 361}
 TEXT = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM")
-SECONDS, BYTES, AT_ONCE = 60, 12 << 30, 2
+SECONDS, BYTES, AT_ONCE = 60, 16 << 30, 2
 Result = dict[str, Any]
 
 
@@ -103,17 +103,17 @@ def try_method(model: nn.Module, method: veneer.Method, where: str, batch: Any, 
                 with torch.no_grad():
                     now = answers(model, batch)
                 found["identity"] = all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(base, now))
+            unreached = set(veneer.check(model, {**batch, **without_cache(model)}))
             torch.manual_seed(1)
             for parameter in adapter.parameters():
                 nn.init.normal_(parameter, std=0.1)
-            loss = sum((answer * torch.randn_like(answer)).mean() for answer in answers(model, batch))
-            loss.backward()  # type: ignore[union-attr]
-            missing = [
-                name
-                for name, parameter in adapter.named_parameters()
-                if parameter.grad is None or not parameter.grad.nan_to_num(nan=0.0).any()
-            ]
-            found |= {"parameters": len(list(adapter.parameters())), "without gradient": len(missing)}
+            trained = [answer for answer in answers(model, batch) if answer.requires_grad]
+            losses = [(answer * torch.randn_like(answer)).mean() for answer in trained]
+            torch.stack(losses).sum().backward()
+            reached = [one for one in adapter.claims if one.place.path not in unreached]
+            grads = {f"{one.place.path}.{name}": p.grad for one in reached for name, p in one.delta.named_parameters()}
+            missing = [name for name, grad in grads.items() if grad is None or not grad.nan_to_num(nan=0.0).any()]
+            found |= {"not reached": len(unreached), "parameters": len(grads), "without gradient": len(missing)}
             if missing:
                 found["first without"] = missing[0]
     except Exception as error:
@@ -126,11 +126,14 @@ def try_method(model: nn.Module, method: veneer.Method, where: str, batch: Any, 
 def answers(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
     """Every tensor of numbers that a forward returns, with the same draws each time."""
     torch.manual_seed(0)
-    extra = {"use_cache": False} if probe.accepts(model, "use_cache") else {}
-    output = model(**batch, **extra)
+    output = model(**batch, **without_cache(model))
     output = {k: v for k, v in output.items() if "past" not in k} if isinstance(output, dict) else output
-    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [leaf for leaf in found if leaf.requires_grad] or found
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """The argument that keeps a forward from returning its keys and values."""
+    return {"use_cache": False} if probe.accepts(model, "use_cache") else {}
 
 
 def reason(error: Exception) -> str:
@@ -164,11 +167,11 @@ def walk(names: list[str], done: Callable[[str, Result], None] = lambda name, re
             if pipe in ready:
                 with os.fdopen(pipe) as text:
                     written = text.read()
-                found[child.name] = json.loads(written) if written else {"not built": "the process died: no memory"}
+                found[child.name] = json.loads(written) if written else {"not built": "out of memory or time"}
             else:
                 os.kill(child.pid, signal.SIGKILL)
                 os.close(pipe)
-                found[child.name] = {"not built": f"not done within {SECONDS} s"}
+                found[child.name] = {"not built": "out of time"}
             os.waitpid(child.pid, 0)
             done(child.name, found[child.name])
     return {name: found[name] for name in names}
@@ -179,15 +182,18 @@ def _start(name: str) -> Child:
     pid = os.fork()
     if pid:
         os.close(writer)
-        return Child(name, pid, reader, time.monotonic() + SECONDS)
+        return Child(name, pid, reader, time.monotonic() + 3 * SECONDS)
     try:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
         warnings.filterwarnings("ignore")
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
         os.write(writer, json.dumps(try_one(name)).encode())
+    except Exception as error:
+        os.write(writer, json.dumps({"not built": reason(error)}).encode())
     finally:
         os._exit(0)
 
@@ -300,10 +306,7 @@ def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     torch.set_num_threads(1)
-    import transformers.generation.utils
-    import transformers.modeling_layers
-    import transformers.modeling_utils  # noqa: F401 - imported once, before the processes part
-
+    try_one("llama")  # what every architecture imports is imported once, before the processes part
     names = sys.argv[1:] or types()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not sys.stderr.isatty()) as progress:

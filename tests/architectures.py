@@ -133,7 +133,7 @@ def kind(model_type: str) -> tuple[type, str]:
         names = vars(modeling_auto)[f"MODEL_FOR_{head}_MAPPING_NAMES" if head else "MODEL_MAPPING_NAMES"]
         name = names.get(model_type, "")
         name = name[0] if isinstance(name, (tuple, list)) else name
-        if name in dir(transformers):
+        if name and hasattr(transformers, name):
             return getattr(transformers, name), head
     raise LookupError(f"transformers has no model class for {model_type}")
 

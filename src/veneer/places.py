@@ -191,7 +191,7 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
     """The places that one part of a `where` names."""
     if text in ROLES:
         places = _by_role(model, text, inventory, unit)
-        reason = _why_no_role(model, text)
+        reason = _why_no_role(model, text, unit)
     else:
         match = matcher(text)
         below = matcher(f"{text}.*") if unit == "parameter" else match
@@ -241,8 +241,10 @@ def _is_matrix(place: Place) -> bool:
     return len(place.shape) == 2 and not isinstance(place.owner, nn.Embedding)
 
 
-def _why_no_role(model: nn.Module, role: str) -> str:
+def _why_no_role(model: nn.Module, role: str, unit: Unit) -> str:
     kind = type(model).__name__
+    if role == "block" and unit in ("attention", "sublayer"):
+        return f"{kind} has no {unit} that can be reached. Use a method on linear layers, such as LoRA."
     if role in ("linear", "block"):
         return f"{kind} has no linear layer inside a ModuleList of blocks. Name modules by a glob, such as where='*'."
     return f"{kind} has no {role}. Roles: {', '.join(ROLES)}; or name modules by a glob, such as where='*.q_proj'."

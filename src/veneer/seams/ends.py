@@ -1,7 +1,7 @@
 """Where a sublayer's two ends can be reached: the modules that its input, its output and the stream beside it pass by.
 
 - Its output is what the outermost module inside the adding module returns, before the add; dropout in between is passed
-  over, because one dropout may serve several sublayers.
+  over, because one dropout may serve several sublayers, and so is a sequence, which would run what stands in it.
 - Its input is what its first weights read: behind the norm in a pre-norm block, the stream itself in a post-norm one.
 - The stream is the other operand of the add.
 
@@ -18,6 +18,7 @@ from veneer.seams.graph import Graph, Key
 from veneer.seams.residuals import SAME, Branch, chain
 
 K = TypeVar("K")
+_PASSED_OVER = {"Dropout", "Sequential"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find(graph: Graph, branch: Branch, repeated: list[str]) -> Ends:
             (path, key)
             for node in nodes
             for path, key in graph.returned.get(node, [])
-            if _inside(path, branch.adding) and graph.kinds[path] != "Dropout"
+            if _inside(path, branch.adding) and graph.kinds[path] not in _PASSED_OVER
         )
         if returned:
             width = graph.nodes[nodes[0]].shape[-1]

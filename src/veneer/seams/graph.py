@@ -96,10 +96,15 @@ class Graph:
         return sorted(found, key=lambda node: node.index)
 
     def replay(self, start: int, end: int, seed: int = 0) -> Tensor:
-        """Which columns (last dimension) of node `start` reach node `end`: a mask, by gradients of random numbers."""
+        """Which columns (last dimension) of node `start` reach node `end` past no other weight: a mask.
+
+        Gradients of random numbers tell.
+        """
         random = torch.Generator().manual_seed(seed)
         values = {start: torch.randn(self.nodes[start].shape, generator=random, requires_grad=True)}
         for node in self.between(start, end):
+            if node.is_weight:
+                continue
             assert node.call is not None
             for i in node.inputs:
                 if i not in values:

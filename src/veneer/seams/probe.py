@@ -20,7 +20,11 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
     kinds += [kind for kind in _KINDS if kind[0] != main and accepts(model, kind[0])]
     tried = []
     for name, build in kinds:
-        found = {name: build(facts)} if not isinstance(made := build(facts), dict) else made
+        try:
+            made = build(facts)
+        except (AttributeError, TypeError):  # the config lacks a size that this kind of input has
+            continue
+        found = made if isinstance(made, dict) else {name: made}
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
         if shapes in tried:
             continue
@@ -105,15 +109,14 @@ class _Facts:
         return count
 
     def boxes(self) -> Tensor:
-        corners = self.config.model_type == "bros"  # eight fractions; all others take four whole numbers
-        return torch.zeros(BATCH, LENGTH, 8) if corners else torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
+        return torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
 
     def series(self) -> dict[str, Tensor]:
         past = self.config.context_length + max(self.config.lags_sequence)
         ahead, features = self.config.prediction_length, self.first("num_time_features", default=0)
         return {
             "past_values": self.noise(past),
-            "past_time_features": self.noise(past, features),
+    "past_time_features": self.noise(past, features),
             "past_observed_mask": torch.ones(BATCH, past),
             "future_values": self.noise(ahead),
             "future_time_features": self.noise(ahead, features),
@@ -152,6 +155,10 @@ _KINDS: list[tuple[str, Callable[[_Facts], Tensor | dict[str, Tensor]]]] = [
     ("past_values", _Facts.series),
     ("input_ids", lambda facts: _masked("input_ids", facts.ids())),
     ("input_ids", lambda facts: {**_masked("input_ids", facts.ids()), "pixel_values": facts.image()}),
+    (
+        "input_features",
+        lambda facts: {**_masked("input_ids", facts.ids()), "input_features": facts.noise(facts.bands(), FRAMES)},
+    ),
     ("inputs_embeds", lambda facts: facts.noise(LENGTH, facts.width())),
     ("hidden_states", lambda facts: facts.noise(LENGTH, facts.width())),
 ]

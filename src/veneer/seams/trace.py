@@ -21,9 +21,14 @@ from veneer.seams.graph import Call, Graph, Node
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
 PRODUCTS = {"linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "addbmm", "einsum",
             "tensordot", "bilinear", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"} | CONVOLUTIONS  # fmt: skip
+# These take a shape from a tensor, and no numbers.
+SHAPES = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like",
+          "full_like", "rand_like", "randn_like"}  # fmt: skip
 LOOKUPS = {"__getitem__", "index_select"}
 # A question about values has no answer on meta tensors; "no" keeps models on their general path, off their shortcuts.
 NO_ANSWER = {"__bool__": False, "__contains__": False, "item": 0}
+# On meta tensors torch's own takes bfloat16 alone.
+GROUPED = {"grouped_mm", "_grouped_mm"}
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 
 
@@ -128,7 +133,10 @@ class Tracer(TorchFunctionMode):
             return NO_ANSWER[func.__name__]
         self.paused = True
         try:
-            output = func(*args, **kwargs)
+            if func.__name__ in GROUPED and args[0].is_meta:
+                output = args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+            else:
+                output = func(*args, **kwargs)
         finally:
             self.paused = False
         self.record(func, args, kwargs, output)
@@ -137,7 +145,7 @@ class Tracer(TorchFunctionMode):
     def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Add a node for each tensor that a call returned, or wrote to."""
         name = func.__name__
-        inputs = [self.node(tensor) for tensor in _tensors((args, kwargs))]
+        inputs = [self.node(tensor) for tensor in _tensors((args, kwargs))] if name not in SHAPES else []
         outputs = list(_tensors(output))
         if name == "__setitem__":
             outputs = [args[0]]
@@ -158,8 +166,20 @@ class Tracer(TorchFunctionMode):
             self.add(tensor, node)
             base = tensor._base
             if base is not None and id(base) in self.node_of and _writes(name):
-                whole = Node(0, "write", self.stack[-1], (), (self.node_of[id(base)], node.index))
-                self.add(base, whole)
+                self._written(base, tensor)
+
+    def _written(self, base: Tensor, view: Tensor) -> None:
+        """A new node for a tensor of which a view was written to."""
+        before, part = self.node_of[id(base)], self.node_of[id(view)]
+        whole, size, stride, offset = base.numel(), view.shape, view.stride(), view.storage_offset()
+
+        def call(values: dict[int, Tensor]) -> Tensor:
+            where = torch.arange(whole).as_strided(size, stride, offset).flatten()
+            return values[before].flatten().index_copy(0, where, values[part].flatten()).view(values[before].shape)
+
+        node = Node(0, "write", self.stack[-1], (), (before, part))
+        node.call = call if base.is_contiguous() else None
+        self.add(base, node)
 
     def _replayable(
         self, func: Callable[..., Any], args: Any, kwargs: Any, position: int | None
@@ -172,6 +192,8 @@ class Tracer(TorchFunctionMode):
             filled = [leaf if i is None else values[i].clone() for leaf, i in zip(leaves, indices, strict=True)]
             again_args, again_kwargs = tree_unflatten(filled, structure)
             output = func(*again_args, **again_kwargs)
+            if func.__name__ == "__setitem__":
+                output = again_args[0]
             result: Tensor = output if position is None else list(_tensors(output))[position]
             return result
 
