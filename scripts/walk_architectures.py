@@ -51,26 +51,27 @@ def try_one(model_type: str) -> Result:
     found: Result = {}
     try:
         found["class"], found["head"] = kind(model_type)[0].__name__, kind(model_type)[1]
-        model = build(model_type)
+        model = build(model_type).requires_grad_(False)  # torch takes other kernels for what is trained
     except Exception as error:
         return {**found, "not built": reason(error)}
-    batch = None
+    batch, base, failures = None, [], []
     for batch in probe.candidates(model):
         try:
-            base = answers(model, batch)
+            with torch.no_grad():
+                base = answers(model, batch)
         except Exception as error:
-            found.setdefault("not run", reason(error))
+            failures.append(reason(error))
+            batch = None
         else:
-            found.pop("not run", None)
             break
-    if "not run" in found:
-        batch = None
+    if batch is None:
+        found["not run"] = next(iter(failures), "no input could be guessed")
     try:
         found |= structure(model)
     except veneer.VeneerError as error:
         found["not read"] = reason(error)
     for name, (method, where) in METHODS.items():
-        found[name] = try_method(model, method, where, batch, base if batch else [])
+        found[name] = try_method(model, method, where, batch, base)
     return found
 
 
@@ -182,7 +183,7 @@ def _start(name: str) -> Child:
     pid = os.fork()
     if pid:
         os.close(writer)
-        return Child(name, pid, reader, time.monotonic() + 3 * SECONDS)
+        return Child(name, pid, reader, time.monotonic() + 5 * SECONDS)
     try:
         os.close(reader)
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))

@@ -92,6 +92,7 @@ ODD: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "llama4": {"pad_token_id": 0},
+    "mamba2": {"num_heads": 8},
     "maskformer-swin": STAGES,
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 4},
@@ -118,7 +119,7 @@ HEADS = (
     *("IMAGE_CLASSIFICATION", "CTC", "AUDIO_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "OBJECT_DETECTION"),
     *("SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION", "PRETRAINING"),
 )
-BOTH_MASKED_AND_CAUSAL = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) - {"bart", "mbart", "mvp"}
+BOTH_MASKED_AND_CAUSAL = set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) - {"bart", "mbart", "mvp", "reformer"}
 
 
 def types() -> list[str]:
@@ -179,7 +180,7 @@ def _shrink(tiny: PreTrainedConfig, depth: int = 0) -> None:
                 size = 4  # as many as there are queries
             if value > size:
                 _set(tiny, name, size)
-    if isinstance(vars(tiny).get("num_heads"), list) and "depths" in vars(tiny):
+    if isinstance(vars(tiny).get("num_heads"), (list, tuple)) and "depths" in vars(tiny):
         tiny.num_heads, tiny.depths = [4] * len(tiny.num_heads), [2] * len(tiny.depths)
     _few_kinds_of_layers(tiny)
     heads = _int(tiny, "num_attention_heads")

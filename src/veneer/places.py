@@ -76,6 +76,8 @@ def weights(model: nn.Module) -> dict[str, Place]:
             continue
         for below, parameter in form.weights(module):
             owner = module.get_submodule(below)
+            if owner._parameters.get(parameter) is None:
+                continue  # computed from others at every read, as under weight_norm
             claimed.add(id(owner))
             name = _join(path, below) if parameter == "weight" else _join(path, below, parameter)
             found[name] = Place(

@@ -7,7 +7,6 @@ of their own: an attention that stands alone, and the children of a block that m
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -105,15 +104,18 @@ def _trace(model: nn.Module, example: Mapping[str, Tensor] | None) -> Graph:
                 failure = failure or (error, tracer)
             else:
                 return tracer.graph
-    assert failure is not None
-    error, tracer = failure
-    reason = next(iter(str(error).splitlines()), "")
+    stopped = "no input could be guessed from its config"
+    if failure:
+        error, tracer = failure
+        reason = next(iter(str(error).splitlines()), "")
+        stopped = (
+            f"a probe forward stopped with {type(error).__name__}: {reason}, after {len(tracer.graph.nodes)} tensors, in "
+            f"{tracer.last or 'the model itself'}"
+        )
     raise UnreadableModel(
-        f"The roles of {type(model).__name__} could not be read: a probe forward stopped with {type(error).__name__}: "
-        f"{reason}, after {len(tracer.graph.nodes)} tensors, in {tracer.last or 'the model itself'}. Hand over a batch "
-        "that the model accepts, veneer.seams.anatomy.read(model, example=batch), or name the modules by a glob, such "
-        "as where='*.q_proj'."
-    ) from error
+        f"The roles of {type(model).__name__} could not be read: {stopped}. Hand over a batch that the model accepts, "
+        "veneer.seams.anatomy.read(model, example=batch), or name the modules by a glob, such as where='*.q_proj'."
+    ) from (failure[0] if failure else None)
 
 
 def _trace_shapes(model: nn.Module, inputs: dict[str, Tensor], tracer: Tracer) -> None:
@@ -171,14 +173,17 @@ def repeated(model: nn.Module) -> list[str]:
 def analyse(graph: Graph, blocks: list[str], whole: list[str]) -> Anatomy:
     """The anatomy that a graph shows; `whole` are the blocks that gradient checkpointing recomputes."""
     found: list[Sublayer] = []
-    for branch in residuals.find(graph):
+    for branch in residuals.find(graph, blocks):
         where = ends.find(graph, branch, blocks)
         found += [_sublayer(one, where) for one in roles.of(graph, branch)]
-    found += _children(graph, blocks, [path for path in whole if not any(path in one.ends.blocks for one in found)])
+    reached = {block for one in found if one.ends.output for block in one.ends.blocks}
+    children = _children(graph, blocks, [path for path in whole if path not in reached])
+    instead = {block for one in children for block in one.ends.blocks}
+    found = [one for one in found if not instead & set(one.ends.blocks)] + children
     seen = {one.module for one in found}
     for core in graph.nodes:
         if core.core and core.module not in seen:
-            alone = Ends(blocks=ends.around_of(core.module, blocks))
+            alone = Ends(blocks=residuals.around(core.module, blocks))
             found.append(_sublayer(roles.attention(graph, core, (), None), alone))
     unique = {(one.kind, one.ends.output, str(sorted(one.roles.items(), key=str))): one for one in reversed(found)}
     return Anatomy(tuple(reversed(unique.values())), _tables(graph))

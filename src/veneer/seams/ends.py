@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from veneer.seams.graph import Graph, Key
-from veneer.seams.residuals import SAME, Branch, chain
+from veneer.seams.residuals import SAME, Branch, around, chain
 
 K = TypeVar("K")
 _PASSED_OVER = {"Dropout", "Sequential"}
@@ -36,21 +36,22 @@ class Ends:
 
 def find(graph: Graph, branch: Branch, repeated: list[str]) -> Ends:
     """The ends of a branch."""
-    back = chain(graph, branch.stream, branch.end)
     same = _same(graph, branch.end)
+    back = [same, *([node] for node in chain(graph, branch.stream, branch.end) if node not in same)]
     returned, width = None, graph.nodes[branch.end].shape[-1]
-    for nodes in (same, *([node] for node in back if node not in same)):
-        returned = _outermost(
-            (path, key)
-            for node in nodes
-            for path, key in graph.returned.get(node, [])
-            if _inside(path, branch.adding) and graph.kinds[path] not in _PASSED_OVER
-        )
-        if returned:
-            width = graph.nodes[nodes[0]].shape[-1]
-            break
-    around = around_of(returned[0] if returned else branch.adding, repeated)
-    block = around[-1] if around else branch.adding
+    for scope in (branch.adding, *around(branch.adding, repeated)[-1:]):
+        for nodes in back if returned is None else ():
+            returned = _outermost(
+                (path, key)
+                for node in nodes
+                for path, key in graph.returned.get(node, [])
+                if _inside(path, scope) and graph.kinds[path] not in _PASSED_OVER
+            )
+            if returned:
+                width = graph.nodes[nodes[0]].shape[-1]
+                break
+    blocks = around(returned[0] if returned else branch.adding, repeated)
+    block = blocks[-1] if blocks else branch.adding
     first = next((n for n in graph.between(branch.stream, branch.end) if n.is_weight or n.core), None)
     inputs = [i for i in first.inputs if i == branch.stream or graph.reaches(branch.stream, i)] if first else []
     found = {
@@ -63,7 +64,7 @@ def find(graph: Graph, branch: Branch, repeated: list[str]) -> Ends:
         for name, node in {"input": inputs[0] if inputs else branch.stream, "residual": branch.stream}.items()
     }
     sources = {name: end for name, end in found.items() if end is not None}
-    return Ends(width, around, returned, sources)
+    return Ends(width, blocks, returned, sources)
 
 
 def of_module(graph: Graph, path: str, repeated: list[str]) -> Ends:
@@ -72,14 +73,9 @@ def of_module(graph: Graph, path: str, repeated: list[str]) -> Ends:
     output = next(iter(call.outputs.items()), None)
     given = next(iter(call.inputs), None)
     if output is None or given is None:
-        return Ends(blocks=around_of(path, repeated))
+        return Ends(blocks=around(path, repeated))
     sources = {"input": (path, given), "residual": (path, given)}
-    return Ends(graph.nodes[output[1]].shape[-1], around_of(path, repeated), (path, output[0]), sources)
-
-
-def around_of(path: str, repeated: list[str]) -> tuple[str, ...]:
-    """The repeated modules that a module lies in, or is, the outermost first."""
-    return tuple(sorted((block for block in repeated if f"{path}.".startswith(f"{block}.")), key=len))
+    return Ends(graph.nodes[output[1]].shape[-1], around(path, repeated), (path, output[0]), sources)
 
 
 def _same(graph: Graph, index: int) -> list[int]:

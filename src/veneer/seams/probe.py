@@ -25,15 +25,16 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         except (AttributeError, TypeError):  # the config lacks a size that this kind of input has
             continue
         found = made if isinstance(made, dict) else {name: made}
+        found = {key: tensor for key, tensor in found.items() if accepts(model, key)}
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items()}
-        if shapes in tried:
+        if not found or shapes in tried:
             continue
         tried.append(shapes)
         if accepts(model, "decoder_input_ids") and "decoder_input_ids" not in found:
             found["decoder_input_ids"] = facts.ids(LENGTH - 2)
         if accepts(model, "bbox"):
             found["bbox"] = facts.boxes()
-        yield {key: tensor for key, tensor in found.items() if accepts(model, key)}
+        yield found
 
 
 def accepts(model: Any, name: str) -> bool:
@@ -88,6 +89,29 @@ class _Facts:
         channels = self.first("num_channels", "in_channels", "in_chans", default=3, part="vision_config")
         whole = isinstance(height, int) and isinstance(width, int)
         return self.noise(*frames, channels, *((height, width) if whole else (FRAMES, FRAMES)))
+
+    def patches(self) -> Tensor:
+        """An image of 4 by 4 patches, each a row: [16, what a patch holds]."""
+        channels = self.first("in_channels", "num_channels", "in_chans", default=3, part="vision_config")
+        side, deep = (
+            self.first("patch_size", default=14, part="vision_config"),
+            self.first("temporal_patch_size", default=1, part="vision_config"),
+        )
+        return torch.randn(16, channels * deep * side * side, generator=self.random)
+
+    def grids(self) -> dict[str, Tensor]:
+        """Two images as one row of patches, and how each is laid out: frames, rows and columns."""
+        patches = torch.cat([self.patches(), self.patches()])
+        grid = torch.tensor([[1, 4, 4]] * BATCH)
+        return {"hidden_states": patches, "pixel_values": patches, "grid_thw": grid, "image_grid_thw": grid}
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Two images as rows of patches, and how each is laid out: rows and columns."""
+        return {
+            "pixel_values": torch.stack([self.patches(), self.patches()]),
+            "pixel_attention_mask": torch.ones(BATCH, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * BATCH),
+        }
 
     def frames(self) -> int:
         count: int = self.first("frames_per_clip", "num_frames", default=4)
@@ -153,6 +177,9 @@ _KINDS: list[tuple[str, Callable[[_Facts], Tensor | dict[str, Tensor]]]] = [
         ),
     ),
     ("past_values", _Facts.series),
+    ("grid_thw", _Facts.grids),
+    ("image_grid_thw", _Facts.grids),
+    ("spatial_shapes", _Facts.shapes),
     ("input_ids", lambda facts: _masked("input_ids", facts.ids())),
     ("input_ids", lambda facts: {**_masked("input_ids", facts.ids()), "pixel_values": facts.image()}),
     (

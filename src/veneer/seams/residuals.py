@@ -3,7 +3,8 @@
 - A residual add is an add of two equal shapes, one operand an ancestor of the other with a weight or an attention
   between. The stream may be scaled on the way.
 - In a parallel block, x + attention(x) + mlp(x), the adds may be taken in any order; each branch counts from x.
-- An add across whole sublayers, as between the halves of a U, is none.
+- An add across whole blocks, as between the halves of a U, is none; within one block the outer add counts, and what a
+  branch adds up inside is its own affair.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Branch:
     spine: tuple[int, ...] = ()
 
 
-def find(graph: Graph) -> list[Branch]:
-    """Every branch beside a residual stream, in the order of their adds."""
+def find(graph: Graph, blocks: list[str]) -> list[Branch]:
+    """Every branch beside a residual stream, in the order of their adds; `blocks` are the repeated modules."""
     found: list[tuple[int, Branch]] = []
     base: dict[int, int] = {}
     for node in graph.nodes:
@@ -48,8 +49,26 @@ def find(graph: Graph) -> list[Branch]:
                     for part in _split(graph, stream, end, node.module)
                 ]
                 break
-    adds = {index for index, _ in found}
-    return [b for _, b in found if not adds & {n.index for n in graph.between(b.stream, b.end)}]
+    return _apart(graph, found, blocks)
+
+
+def _apart(graph: Graph, found: list[tuple[int, Branch]], blocks: list[str]) -> list[Branch]:
+    """Of branches that lie in one another, those that are sublayers."""
+    block_of = {index: (around(branch.adding, blocks) or ("",))[-1] for index, branch in found}
+    inner: set[int] = set()
+    outer: set[int] = set()
+    for index, branch in found:
+        inside = {n.index for n in graph.between(branch.stream, branch.end)} & set(block_of)
+        if block_of[index] and all(block_of[other] == block_of[index] for other in inside):
+            inner |= inside
+        elif inside:
+            outer.add(index)
+    return [branch for index, branch in found if index not in inner and index not in outer]
+
+
+def around(path: str, blocks: list[str]) -> tuple[str, ...]:
+    """The repeated modules that a module lies in, or is, the outermost first."""
+    return tuple(sorted((block for block in blocks if f"{path}.".startswith(f"{block}.")), key=len))
 
 
 def _streams(graph: Graph, index: int | None, base: dict[int, int]) -> Iterator[int]:

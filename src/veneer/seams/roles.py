@@ -24,7 +24,7 @@ from veneer.seams.trace import CONVOLUTIONS, PRODUCTS
 VIEWS = {"view", "reshape", "chunk", "split", "unbind", "__getitem__", "transpose", "permute", "contiguous", "to",
          "flatten", "unsqueeze", "squeeze", "split_with_sizes", "unflatten"}  # fmt: skip
 _SOFTMAX = {"softmax", "_softmax", "softmax_"}
-_CHOICES = {"topk", "argmax"}
+_CHOICES = {"topk", "argmax", "gather"}
 _SCANS = {"cumsum", "cumprod", "logcumsumexp", "fft", "fftn", "rfft", "fft_fft", "fft_fftn", "fft_rfft", "roll", "lstm"}
 
 

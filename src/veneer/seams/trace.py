@@ -186,7 +186,7 @@ class Tracer(TorchFunctionMode):
     ) -> Callable[[dict[int, Tensor]], Tensor]:
         """The call again, on other values for its tensors."""
         leaves, structure = tree_flatten((args, kwargs))
-        indices = [self.node_of[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in leaves]
+        indices = [self.node(leaf).index if isinstance(leaf, Tensor) else None for leaf in leaves]
 
         def call(values: dict[int, Tensor]) -> Tensor:
             filled = [leaf if i is None else values[i].clone() for leaf, i in zip(leaves, indices, strict=True)]
