@@ -121,7 +121,15 @@ EXPECTED = {
     },
 }
 EXPECTED["gemma3"] = EXPECTED["llama"]
-EXPECTED["mixtral"] = {role: found for role, found in EXPECTED["llama"].items() if not role.startswith("mlp")}
+EXPERTS = f"{LLAMA}mlp.experts."
+EXPECTED["mixtral"] = EXPECTED["llama"] | {
+    "mlp": blocks(*(f"{EXPERTS}gate_up_proj[{r}]" for r in ("gate", "up")), f"{EXPERTS}down_proj"),
+    **{f"mlp.{r}": blocks(f"{EXPERTS}gate_up_proj[{r}]") for r in ("gate", "up")},
+    "mlp.down": blocks(f"{EXPERTS}down_proj"),
+}
+for _found in EXPECTED.values():
+    if "embedding" in _found:
+        _found["input"] = _found["embedding"][:1]
 LINEAR = {
     "llama": EXPECTED["llama"]["attention"] + EXPECTED["llama"]["mlp"],
     "gpt2": blocks(f"{GPT2}attn.c_attn", f"{GPT2}attn.c_proj", f"{GPT2}mlp.c_fc", f"{GPT2}mlp.c_proj"),

@@ -79,6 +79,8 @@ def weights(model: nn.Module) -> dict[str, Place]:
             continue
         for below, parameter in form.weights(module):
             owner = module.get_submodule(below)
+            if owner._parameters.get(parameter) is None:
+                continue  # computed from others at every read, as under weight_norm
             claimed.add(id(owner))
             name = _join(path, below) if parameter == "weight" else _join(path, below, parameter)
             found[name] = Place(
@@ -154,6 +156,7 @@ def _tables(model: nn.Module) -> tuple[str, ...]:
 def _attentions(model: nn.Module) -> dict[str, Place]:
     """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
     attention.wrap()
+    inventory = parameters(model)
     projections = {place.owner_path: place for place in weights(model).values()}
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
@@ -162,15 +165,14 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     refused = written.check(model, shapes)
     for sublayer in read.sublayers:
         reached = sublayer.registered or (sublayer.heads and not refused)
-        if reached and sublayer.roles.get("k") and sublayer.module not in found:
-            key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
-            reader = named[sublayer.module]
+        parts = [part for role in "kvqo" for part in sublayer.roles.get(role, [])]
+        if reached and parts and sublayer.module not in found:
             found[sublayer.module] = dataclasses.replace(
-                key,
+                inventory[parts[0].parameter],
                 unit="attention",
                 path=sublayer.module,
                 reader_path=sublayer.module,
-                reader=reader,
+                reader=named[sublayer.module],
                 shape=sublayer.heads,
                 functional=not sublayer.registered,
                 layer=read.layer(sublayer.ends.blocks),
@@ -184,9 +186,9 @@ def _projections(sublayer: anatomy.Sublayer, weights: dict[str, Place]) -> dict[
     """The weights that make an attention's keys and values, by role, where each is made by one."""
     found = {}
     for role in "kv":
-        if len(sublayer.roles[role]) == 1:
-            (part,) = sublayer.roles[role]
-            place = weights[part.parameter.rpartition(".")[0]]
+        parts = [(part, weights.get(part.parameter.rpartition(".")[0])) for part in sublayer.roles.get(role, [])]
+        if len(parts) == 1 and parts[0][1] is not None:
+            part, place = parts[0][0], parts[0][1]
             found[role] = place.restricted(part.spans, role) if part.spans else place
     return found
 
@@ -198,7 +200,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
     read = anatomy.read(model)
     found: dict[str, Place] = {}
     for sublayer in read.sublayers:
-        last = sublayer.roles.get("o") or sublayer.roles.get("down")
+        last = [part for role in ("q", "k", "up", "o", "down") for part in sublayer.roles.get(role, [])]
         if sublayer.ends.output is None or not last:
             continue
         path, item = sublayer.ends.output
@@ -233,7 +235,7 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
     """The places that one part of a `where` names."""
     if text in ROLES:
         places = _by_role(model, text, inventory, unit)
-        reason = _why_no_role(model, text)
+        reason = _why_no_role(model, text, unit)
     else:
         match = matcher(text)
         below = matcher(f"{text}.*") if unit == "parameter" else match
@@ -307,8 +309,10 @@ def _is_matrix(place: Place) -> bool:
     return len(place.shape) == 2 and not isinstance(place.owner, nn.Embedding)
 
 
-def _why_no_role(model: nn.Module, role: str) -> str:
+def _why_no_role(model: nn.Module, role: str, unit: Unit) -> str:
     kind = type(model).__name__
+    if role == "block" and unit in ("attention", "sublayer"):
+        return f"{kind} has no {unit} that can be reached. Use a method on linear layers, such as LoRA."
     if role in ("linear", "block"):
         return f"{kind} has no linear layer inside a ModuleList of blocks. Name modules by a glob, such as where='*'."
     return f"{kind} has no {role}. Roles: {', '.join(ROLES)}; or name modules by a glob, such as where='*.q_proj'."

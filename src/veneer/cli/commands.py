@@ -54,18 +54,23 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="An adapter's folder, or a transformers model's folder.")],
     json: Json = False,
 ) -> None:
-    """Show what an adapter's folder holds, or which roles a model's modules play.
+    """Show what an adapter's folder holds, or draw a model: one block of each kind, its sublayers and roles.
 
     Examples: veneer inspect runs/demo/adapter; veneer inspect runs/demo/merged
     """
     if (path / "veneer.json").exists():
         found = _adapter(path)
     elif (path / "config.json").exists():
-        found = _model(path)
+        from veneer.cli import diagram
+        from veneer.seams import transformers
+
+        found = diagram.describe(transformers.without_weights(path))
     else:
         raise FileError(f"{path} is neither an adapter's folder (veneer.json) nor a model's (config.json).")
     if json:
         print(json_text.dumps(found))
+    elif "blocks" in found:
+        print("\n".join(diagram.lines(found)))
     else:
         _print(str(path), found)
 
@@ -86,25 +91,6 @@ def _adapter(path: Path) -> dict[str, Any]:
         "methods": {f"{claim.method} where='{claim.where}'": f"{len(claim.places)} places" for claim in recipe.claims},
         "also trained whole": recipe.also_train,
     }
-
-
-def _model(path: Path) -> dict[str, Any]:
-    """Roles of a model, built without weights from its config."""
-    from veneer import places
-    from veneer.errors import NoSuchPlace
-    from veneer.seams import transformers
-
-    model = transformers.without_weights(path)
-    roles: dict[str, str] = {}
-    for role in places.ROLES:
-        try:
-            found = places.find(model, role, "weight")
-        except NoSuchPlace:
-            continue
-        shape = " x ".join(str(size) for size in found[0].shape)
-        roles[role] = f"{len(found)} places, the first {found[0].path} ({shape})"
-    count = veneer.count_parameters(model)
-    return {"class": type(model).__name__, "parameters": count.total, "roles": roles}
 
 
 def _print(title: str, found: dict[str, Any]) -> None:

@@ -1,74 +1,40 @@
 """What is where in a model, read off its data flow: no table of names, no code for any one architecture.
 
-- A residual add is an add of two equal shapes, one operand an ancestor of the other with a weight or an attention
-  between.
-- A sublayer is what lies between; with an attention in it it is attention, otherwise an MLP.
-- q, k and v are the nearest weights behind an attention's operands, o the nearest after it. Where one weight serves
-  several of them, random numbers sent through the recorded calls tell which of its output rows each role gets.
-- Attention is cross-attention where its keys do not descend from the sublayer's input.
-- An MLP's down projection is its last weight. Where two products meet in a multiplication, the one that passed a
-  nonlinearity is the gate and the other is up; otherwise the first weights are up.
+One probe forward is traced (`trace`) into a graph (`graph`); its residual adds (`residuals`) part it into branches, and
+each branch shows its roles (`roles`) and where its ends can be reached (`ends`). Two kinds of part have no residual add
+of their own: an attention that stands alone, and the children of a block that mixes its streams in another way.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import formats, site
-from veneer.delta import Span
+from veneer import site
 from veneer.errors import UnreadableModel
-from veneer.seams import ends, probe
+from veneer.seams import ends, packed, probe, residuals, roles
 from veneer.seams.ends import Ends
-from veneer.seams.trace import FUSED_ATTENTION as FUSED
-from veneer.seams.trace import PRODUCTS as MATMULS
-from veneer.seams.trace import Graph, Node, Tracer
-from veneer.seams.transformers import is_pretrained, observed_attention
-
-ADDS = {"add", "__add__", "__radd__", "__iadd__", "add_"}
-PRODUCTS = {"mul", "__mul__", "__rmul__", "__imul__", "mul_"}
-VIEWS = {
-    "view",
-    "reshape",
-    "chunk",
-    "split",
-    "unbind",
-    "__getitem__",
-    "transpose",
-    "permute",
-    "contiguous",
-    "to",
-    "flatten",
-}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A parameter, or the output rows of it that `spans` name."""
-
-    parameter: str
-    spans: tuple[Span, ...] | None = None
+from veneer.seams.graph import Graph
+from veneer.seams.roles import VIEWS, Part, Roles
+from veneer.seams.trace import Tracer
+from veneer.seams.transformers import checkpointed, is_pretrained, observed_attention
 
 
 @dataclass
-class Sublayer:
-    """One branch beside the residual stream: its kind, the module that attends (if any), and its weights by role."""
+class Sublayer(Roles):
+    """One branch beside the residual stream, and where it can be reached.
 
-    kind: str
-    module: str
-    registered: bool = False
-    """Attends through transformers' registry, where keys and values can be reached."""
-    heads: tuple[int, ...] = ()
-    """Key and value heads, width of a key, width of a value, where they can be told."""
-    roles: dict[str, list[Part]] = field(default_factory=dict)
+    `registered`: it attends through transformers' registry, where keys and values can be reached; `heads` are then the
+    number of key and value heads, the width of a key and the width of a value.
+    """
+
     ends: Ends = field(default_factory=Ends)
 
 
@@ -89,10 +55,14 @@ class Anatomy:
                 kinds.setdefault(block, set()).add(sublayer.kind)
         return {block for block, held in kinds.items() if len(held) > 1}
 
+    def block(self, blocks: Sequence[str]) -> str:
+        """The innermost full block among these around a module, the outermost first; or the innermost; or none."""
+        return next(iter(([block for block in blocks if block in self.full] or blocks)[-1:]), "")
+
     def layer(self, blocks: Sequence[str]) -> int:
-        """The number of the innermost full block among these around a module, the outermost first; -1 for none."""
-        last = ([block for block in blocks if block in self.full] or blocks)[-1:]
-        return int(last[0].rpartition(".")[2]) if last else -1
+        """The number of that block; -1 for none."""
+        block = self.block(blocks)
+        return int(block.rpartition(".")[2]) if block else -1
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
         """(short role, part) for `attention`, `mlp`, `attention.q`, `cross_attention.v`, ...; empty for none."""
@@ -110,15 +80,18 @@ class Anatomy:
 _CACHE: weakref.WeakKeyDictionary[nn.Module, Anatomy] = weakref.WeakKeyDictionary()
 
 
-def read(model: nn.Module) -> Anatomy:
-    """The anatomy of a transformers model, traced once. Raises UnreadableModel with what stood in the way."""
+def read(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Anatomy:
+    """The anatomy of a transformers model, traced once; `example` is a batch to trace with, where none can be guessed.
+
+    Raises UnreadableModel with what stood in the way.
+    """
     if not is_pretrained(model):
         raise UnreadableModel(
             f"{type(model).__name__} is no transformers model, so its roles cannot be read. Name the modules by a "
             "glob, such as where='*.q_proj'."
         )
-    if model not in _CACHE:
-        _CACHE[model] = _sublayers(_trace(model), repeated(model))
+    if model not in _CACHE or example is not None:
+        _CACHE[model] = analyse(_trace(model, example), repeated(model), checkpointed(model))
     return _CACHE[model]
 
 
@@ -127,8 +100,8 @@ def layers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
 
     Where the model cannot be read, blocks inside blocks count for nothing.
     """
-    blocks = set(repeated(model))
-    above = {path: [path[:end] for end in _ends(path) if path[:end] in blocks] for path in paths}
+    blocks = repeated(model)
+    above = {path: residuals.around(path, blocks) for path in paths}
     try:
         anatomy = read(model)
         return {path: anatomy.layer(around) for path, around in above.items()}
@@ -136,60 +109,62 @@ def layers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
         return {path: Anatomy(()).layer(around[:1]) for path, around in above.items()}
 
 
-def _ends(path: str) -> list[int]:
-    """Where the names in a dotted path end."""
-    return [*(end for end, letter in enumerate(path) if letter == "."), len(path)]
-
-
-def _trace(model: nn.Module) -> Graph:
-    try:
-        inputs = {name: tensor.to("meta") for name, tensor in probe.inputs(model).items()}
-        meta = {name: _meta(tensor) for name, tensor in _tensors(model).items()}
-        tracer = Tracer(
-            model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
+def _trace(model: nn.Module, example: Mapping[str, Tensor] | None) -> Graph:
+    """The graph of the first probe that the model accepts: without numbers, or where it asks for some, with them."""
+    real = not any(parameter.is_meta for parameter in model.parameters())
+    failure: tuple[Exception, Tracer] | None = None
+    for trace in (_trace_shapes, _trace_numbers) if real else (_trace_shapes,):
+        for inputs in probe.candidates(model) if example is None else [dict(example)]:
+            tracer = Tracer(model)
+            try:
+                with torch.no_grad(), at_rest(model), observed_attention(tracer.attention):
+                    trace(model, inputs, tracer)
+            except Exception as error:
+                failure = failure or (error, tracer)
+            else:
+                return tracer.graph
+    stopped = "no input could be guessed from its config"
+    if failure:
+        why, tracer = failure
+        reason = next(iter(str(why).splitlines()), "")
+        stopped = (
+            f"a probe forward stopped with {type(why).__name__}: {reason}, after {len(tracer.graph.nodes)} tensors, "
+            f"in {tracer.last or 'the model itself'}"
         )
-        with torch.no_grad(), at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
-            torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
-    except Exception as error:
-        raise UnreadableModel(
-            f"The roles of {type(model).__name__} could not be read: a probe forward stopped with "
-            f"{type(error).__name__}: {error}. Name the modules by a glob instead, such as where='*.q_proj'."
-        ) from error
-    return tracer.graph
+    raise UnreadableModel(
+        f"The roles of {type(model).__name__} could not be read: {stopped}. Hand over a batch that the model accepts, "
+        "veneer.seams.anatomy.read(model, example=batch), or name the modules by a glob, such as where='*.q_proj'."
+    ) from (failure[0] if failure else None)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers; a packed weight in the shape it stands for."""
-    packed = {
-        f"{path}.weight": nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-        for path, _, shape in _packed_modules(model)
-    }
-    return {**dict(model.named_parameters()), **dict(model.named_buffers()), **packed}
+def _trace_shapes(model: nn.Module, inputs: dict[str, Tensor], tracer: Tracer) -> None:
+    """Trace with meta tensors in the place of parameters."""
+    inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
+    meta = packed.tensors(model)
+    tracer.start({name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs)
+    with packed.unpacked(model), tracer:
+        torch.func.functional_call(model, meta, kwargs={**inputs, **_without_cache(model)})
 
 
-def _packed_modules(model: nn.Module) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
-    """The quantized linears: path, module and logical shape of its weight."""
-    found = []
-    for path, module in model.named_modules():
-        form, weight = formats.of(module), module._parameters.get("weight")
-        if form is not None and weight is not None:
-            shape = form.shape(module, "weight")
-            if not weight.is_floating_point() or weight.numel() != math.prod(shape):
-                found.append((path, module, shape))
-    return found
-
-
-@contextmanager
-def _unpacked(model: nn.Module) -> Iterator[None]:
-    """Within, quantized linears multiply by a plain weight: their own kernels cannot run without numbers."""
-    linears = [module for _, module, _ in _packed_modules(model)]
-    for module in linears:
-        module.__dict__["forward"] = functools.partial(_multiply, module)
+def _trace_numbers(model: Any, inputs: dict[str, Tensor], tracer: Tracer) -> None:
+    """Trace the model as it is; nothing of it changes."""
+    dtype, device = model.dtype, model.device
+    inputs = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in inputs.items()}
+    training = [module for module in model.modules() if module.training]
+    tracer.start(dict(model.named_parameters()), inputs)
     try:
-        yield
+        for module in training:
+            module.training = False
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), tracer:
+            model(**inputs, **_without_cache(model))
     finally:
-        for module in linears:
-            del module.__dict__["forward"]
+        for module in training:
+            module.training = True
+
+
+def _without_cache(model: Any) -> dict[str, bool]:
+    caches = "use_cache" in vars(model.config) or "use_cache" in dir(type(model.config))
+    return {"use_cache": False} if caches and probe.accepts(model, "use_cache") else {}
 
 
 @contextmanager
@@ -204,21 +179,6 @@ def at_rest(model: nn.Module) -> Iterator[None]:
         routes.active, routes.rows = before
 
 
-def _multiply(module: Any, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, module.weight)
-
-
-def _meta(tensor: Tensor) -> Tensor:
-    """A stand-in with the same shape; one dtype for all, so that no cast comes between."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    empty = torch.empty_like(tensor, device="meta", dtype=dtype)
-    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _caches(model: Any) -> bool:
-    return "use_cache" in vars(model.config) or "use_cache" in dir(type(model.config))
-
-
 def repeated(model: nn.Module) -> list[str]:
     """Paths of the repeated blocks: the items of every ModuleList of the base."""
     return [
@@ -229,17 +189,48 @@ def repeated(model: nn.Module) -> list[str]:
     ]
 
 
-def _sublayers(graph: Graph, blocks: list[str]) -> Anatomy:
+def analyse(graph: Graph, blocks: list[str], whole: list[str]) -> Anatomy:
+    """The anatomy that a graph shows; `whole` are the blocks that gradient checkpointing recomputes."""
     found: list[Sublayer] = []
-    seen: set[tuple[str, str]] = set()
-    for add, stream, branch in _residuals(graph):
-        sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
-        sublayer.ends = ends.find(graph, add, stream, branch, blocks)
-        key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
-        if key not in seen:
-            seen.add(key)
-            found.append(sublayer)
-    return Anatomy(tuple(found), _tables(graph))
+    for branch in residuals.find(graph, blocks):
+        where = ends.find(graph, branch, blocks)
+        found += [_sublayer(one, where) for one in roles.of(graph, branch)]
+    reached = {block for one in found if one.ends.output for block in one.ends.blocks}
+    children = _children(graph, blocks, [path for path in whole if path not in reached])
+    instead = {block for one in children for block in one.ends.blocks}
+    found = [one for one in found if not instead & set(one.ends.blocks)] + children
+    seen = {one.module for one in found}
+    for core in graph.nodes:
+        if core.core and core.module not in seen:
+            alone = Ends(blocks=residuals.around(core.module, blocks))
+            found.append(_sublayer(roles.attention(graph, core, (), None), alone))
+    unique = {(one.kind, one.ends.output, str(sorted(one.roles.items(), key=str))): one for one in reversed(found)}
+    return Anatomy(tuple(reversed(unique.values())), _tables(graph))
+
+
+def _sublayer(one: Roles, where: Ends) -> Sublayer:
+    return Sublayer(one.kind, one.module, one.registered, one.heads, one.roles, where)
+
+
+def _children(graph: Graph, blocks: list[str], whole: list[str]) -> list[Sublayer]:
+    """The children of blocks without plain residual adds: each that attends, or multiplies twice, is a sublayer."""
+    found = []
+    for path in dict.fromkeys(call.path for call in graph.calls):
+        parent = path.rpartition(".")[0]
+        if parent not in whole and parent.rpartition(".")[0] not in whole:
+            continue
+        if parent not in whole and parent not in [b.rpartition(".")[0] for b in blocks]:
+            continue
+        inside = [n for n in graph.nodes if f"{n.module}.".startswith(f"{path}.")]
+        where = ends.of_module(graph, path, blocks)
+        if not where.output or sum(n.is_weight for n in inside) + 2 * sum(n.core is not None for n in inside) < 2:
+            continue
+        start, end = where.sources["input"], where.output
+        call = next(call for call in graph.calls if call.path == path)
+        branch = residuals.Branch(path, call.inputs[start[1]], call.outputs[end[1]])
+        if graph.reaches(branch.stream, branch.end):
+            found += [_sublayer(one, where) for one in roles.of(graph, branch)]
+    return found
 
 
 def _tables(graph: Graph) -> tuple[str, ...]:
@@ -252,133 +243,3 @@ def _tables(graph: Graph) -> tuple[str, ...]:
         elif node.op == "embedding" and ids & set(node.inputs):
             tables[node.module] = None
     return tuple(tables)
-
-
-def _residuals(graph: Graph) -> list[tuple[int, int, int]]:
-    """(add, stream, branch) of each residual add; an add across whole sublayers is none."""
-    found: list[tuple[int, int, int]] = []
-    base: dict[int, int] = {}
-    for node in graph.nodes:
-        operands = [i for i in node.inputs if graph.nodes[i].shape == node.shape and graph.nodes[i].op != "parameter"]
-        if node.op not in ADDS or len(operands) != 2:
-            continue
-        for stream, branch in (operands, operands[::-1]):
-            while not graph.reaches(stream, branch) and stream in base:
-                stream = base[stream]
-            if graph.reaches(stream, branch) and any(n.is_weight or n.core for n in graph.between(stream, branch)):
-                base[node.index] = stream
-                found += [(node.index, stream, end) for end in _split(graph, stream, branch)]
-                break
-    adds = {index for index, _, _ in found}
-    return [(a, s, b) for a, s, b in found if not adds & {n.index for n in graph.between(s, b)}]
-
-
-def _split(graph: Graph, stream: int, branch: int) -> list[int]:
-    """The two branches of a parallel block, x + attention(x) + mlp(x), where their sum is taken first."""
-    node = graph.nodes[ends.same(graph, branch)[-1]]
-    parts = [i for i in node.inputs if graph.reaches(stream, i)]
-    if node.op not in ADDS or len(parts) != 2 or graph.reaches(*parts) or graph.reaches(*parts[::-1]):
-        return [branch]
-    if not all(any(n.is_weight for n in graph.between(stream, part)) for part in parts):
-        return [branch]
-    return [end for part in parts for end in _split(graph, stream, part)]
-
-
-def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
-    inside = graph.between(stream, branch)
-    core = next((node for node in inside if node.core), None) or _written_out(graph, inside)
-    if core is None or core.core is None:
-        return None
-    cross = not (graph.reaches(stream, core.core[1]) or stream == core.core[1])
-    sublayer = Sublayer("cross_attention" if cross else "attention", core.module, core.op == "attention")
-    if not core.is_weight:
-        sublayer.heads = _heads(sublayer.registered or core.op in FUSED, *(graph.nodes[i].shape for i in core.core))
-    if core.is_weight:
-        sublayer.roles = _packed(core, graph)
-        return sublayer
-    for role, operand in zip("qkv", core.core, strict=True):
-        sublayer.roles[role] = _parts(graph, operand)
-    after = [node for node in inside if node.is_weight and graph.reaches(core.index, node.index)]
-    nearest = [node for node in after if not any(graph.reaches(other.index, node.index) for other in after)]
-    sublayer.roles["o"] = [Part(node.parameters[0]) for node in nearest]
-    return sublayer
-
-
-def _heads(fused: bool, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
-    """Heads and widths from the shapes of an attention's operands; a model's own code has keys as columns."""
-    if fused:
-        return (k[1], k[3], v[3])
-    if not len(q) == len(k) == len(v) or len(k) not in (3, 4) or q[-1] != k[-2] or k[-1] != v[-2]:
-        return ()
-    return (k[1] if len(k) == 4 else k[0] // probe.BATCH, k[-2], v[-1])
-
-
-def _written_out(graph: Graph, inside: list[Node]) -> Node | None:
-    """Attention in a model's own code: data @ data, softmax, data @ data. The last product stands for it all."""
-    softmax = next((node for node in inside if node.op == "softmax"), None)
-    products = [node for node in inside if node.op in MATMULS and not node.is_weight and len(node.inputs) >= 2]
-    scores = [node for node in products if softmax and graph.reaches(node.index, softmax.index)]
-    mixed = [node for node in products if softmax and graph.reaches(softmax.index, node.index)]
-    if softmax is None or not scores or not mixed:
-        return None
-    q, k = scores[-1].inputs[-2:]
-    v = next(i for i in mixed[0].inputs if i != softmax.index and not graph.reaches(softmax.index, i))
-    return replace(mixed[0], core=(q, k, v))
-
-
-def _packed(core: Node, graph: Graph) -> dict[str, list[Part]]:
-    """nn.MultiheadAttention: one call holds the projections; q, k and v are thirds of in_proj_weight or their own."""
-    matrices = [p for p in core.parameters if p.endswith("weight")]
-    (out,) = (p for p in matrices if p.endswith("out_proj.weight"))
-    width = core.shape[-1]
-    fused = [p for p in matrices if p.endswith("in_proj_weight")]
-    if fused:
-        roles = {r: [Part(fused[0], ((i * width, (i + 1) * width),))] for i, r in enumerate("qkv")}
-    else:
-        roles = {r: [Part(p) for p in matrices if p.endswith(f"{r}_proj_weight")] for r in "qkv"}
-    return {**roles, "o": [Part(out)]}
-
-
-def _parts(graph: Graph, operand: int) -> list[Part]:
-    """The weights nearest behind a node, each with the rows that reach it."""
-    return [Part(node.parameters[0], _spans(graph, node, operand)) for node in graph.weights_behind(operand)]
-
-
-def _spans(graph: Graph, weight: Node, operand: int) -> tuple[Span, ...] | None:
-    if weight.index == operand:
-        return None
-    reached = graph.replay(weight.index, operand).int()
-    if reached.all():
-        return None
-    edges = torch.diff(reached, prepend=reached.new_zeros(1), append=reached.new_zeros(1)).nonzero().flatten().tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
-
-
-def _mlp(graph: Graph, stream: int, branch: int) -> Sublayer:
-    inside = graph.between(stream, branch)
-    weights = [node for node in inside if node.is_weight]
-    last = [w for w in weights if not any(graph.reaches(w.index, other.index) for other in weights)]
-    sublayer = Sublayer("mlp", last[-1].module, roles={"down": [Part(w.parameters[0]) for w in last]})
-    for node in inside:
-        gated = _gate(graph, stream, node) if node.op in PRODUCTS else None
-        if gated:
-            sublayer.roles = {"gate": gated[0], "up": gated[1], **sublayer.roles}
-            return sublayer
-    first = [w for w in weights if w not in last and not any(graph.reaches(o.index, w.index) for o in weights)]
-    return Sublayer("mlp", sublayer.module, roles={"up": [Part(w.parameters[0]) for w in first], **sublayer.roles})
-
-
-def _gate(graph: Graph, stream: int, product: Node) -> tuple[list[Part], list[Part]] | None:
-    """(gate, up) where a multiplication joins two different projections."""
-    sides = [i for i in product.inputs if graph.reaches(stream, i)]
-    if len(sides) != 2:
-        return None
-    behind = [graph.weights_behind(side) for side in sides]
-    if not all(len(weights) == 1 and graph.reaches(stream, weights[0].index) for weights in behind):
-        return None
-    parts = [_parts(graph, side) for side in sides]
-    if parts[0] == parts[1] or (behind[0] == behind[1] and any(part[0].spans is None for part in parts)):
-        return None
-    bends = [sum(n.op not in VIEWS for n in graph.between(w[0].index, side)) if w[0].index != side else 0
-             for w, side in zip(behind, sides, strict=True)]  # fmt: skip
-    return (parts[0], parts[1]) if bends[0] > bends[1] else (parts[1], parts[0])

@@ -1,14 +1,13 @@
 """One probe forward, recorded as a data-flow graph.
 
 A `TorchFunctionMode` sees every torch call, hooks on the modules tell which of them makes it, and transformers'
-attention interface is wrapped for the time of the trace so that an attention is one node. Parameters are replaced by
-meta tensors: shapes flow, no weight is needed, nothing is computed.
+attention interface is wrapped for the time of the trace so that an attention is one node. Parameters are best replaced
+by meta tensors: shapes flow, no weight is needed, nothing is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,103 +16,44 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "mm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
-            "multi_head_attention_forward"}  # fmt: skip
+from veneer.seams.graph import Call, Graph, Node
+
+CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
+PRODUCTS = CONVOLUTIONS | {
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "addbmm", "einsum"),
+    *("tensordot", "bilinear", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"),
+}
+# These take a shape from a tensor, and no numbers.
+SHAPES = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like",
+          "full_like", "rand_like", "randn_like"}  # fmt: skip
+LOOKUPS = {"__getitem__", "index_select"}
 # A question about values has no answer on meta tensors; "no" keeps models on their general path, off their shortcuts.
 NO_ANSWER = {"__bool__": False, "__contains__": False, "item": 0}
+# On meta tensors torch's own takes bfloat16 alone.
+GROUPED = {"grouped_mm", "_grouped_mm"}
 FUSED_ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
-
-
-@dataclass
-class Node:
-    """One tensor of the forward: the call that made it, and what that call read."""
-
-    index: int
-    op: str
-    module: str
-    shape: tuple[int, ...]
-    inputs: tuple[int, ...] = ()
-    ancestors: int = 0
-    parameters: tuple[str, ...] = ()
-    is_weight: bool = False
-    core: tuple[int, ...] | None = None
-    call: Callable[[dict[int, Tensor]], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a module: the nodes it was given, by position or name, and those it returned (None: all there is)."""
-
-    path: str
-    inputs: dict[int | str, int]
-    outputs: dict[int | str | None, int]
-
-
-@dataclass
-class Graph:
-    """All nodes in the order of the forward; sets of nodes are integers, bit i for node i."""
-
-    nodes: list[Node] = field(default_factory=list)
-    calls: list[Call] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=dict)
-    """The class name of each module."""
-
-    def reaches(self, start: int, end: int) -> bool:
-        """Whether data flows from one node to another."""
-        return bool(self.nodes[end].ancestors >> start & 1)
-
-    def between(self, start: int, end: int) -> list[Node]:
-        """Nodes that data passes from `start` to `end`; with `end`, without `start`."""
-        ancestors = self.nodes[end].ancestors
-        return [n for n in self.nodes[start + 1 : end] if ancestors >> n.index & 1 and n.ancestors >> start & 1] + [
-            self.nodes[end]
-        ]
-
-    def weights_behind(self, index: int) -> list[Node]:
-        """The nearest products with a parameter that a node descends from."""
-        found, seen, stack = [], set[int](), [index]
-        while stack:
-            node = self.nodes[stack.pop()]
-            if node.index in seen or node.core:
-                continue
-            seen.add(node.index)
-            if node.is_weight:
-                found.append(node)
-            else:
-                stack.extend(node.inputs)
-        return sorted(found, key=lambda node: node.index)
-
-    def replay(self, start: int, end: int, seed: int = 0) -> Tensor:
-        """Which columns (last dimension) of node `start` reach node `end`: a mask, by gradients of random numbers."""
-        random = torch.Generator().manual_seed(seed)
-        values = {start: torch.randn(self.nodes[start].shape, generator=random, requires_grad=True)}
-        for node in self.between(start, end):
-            assert node.call is not None
-            for i in node.inputs:
-                if i not in values:
-                    values[i] = torch.rand(self.nodes[i].shape, generator=random) + 0.5
-            with torch.enable_grad():
-                values[node.index] = node.call(values)
-        end_value = values[end]
-        weights = torch.rand(end_value.shape, generator=random) + 0.5
-        (gradient,) = torch.autograd.grad((end_value * weights).sum(), values[start])
-        return gradient.flatten(0, -2).ne(0).any(0)
 
 
 class Tracer(TorchFunctionMode):
     """Records a `Graph` while it is entered."""
 
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.graph = Graph(kinds={path: type(module).__name__ for path, module in model.named_modules()})
         self.paused = False
         self.stack = [""]
+        self.last = ""
         self.modules = list(model.modules())
         self.hooks: list[RemovableHandle] = []
         self.paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-        self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
+        self.parameters: dict[int, str] = {}
         self.node_of: dict[int, int] = {}
-        self.alive: list[Tensor] = list(parameters.values())
+        self.alive: list[Tensor] = []
+
+    def start(self, parameters: dict[str, Tensor], inputs: dict[str, Tensor]) -> None:
+        """Say which tensors are parameters, and which are the model's inputs."""
+        self.parameters = {id(tensor): path for path, tensor in reversed(list(parameters.items()))}
+        self.alive += parameters.values()
         for name, tensor in inputs.items():
             self.add(tensor, Node(0, f"input {name}", "", ()))
 
@@ -133,7 +73,8 @@ class Tracer(TorchFunctionMode):
             hook.remove()
 
     def _entered(self, module: nn.Module, args: Any) -> None:
-        self.stack.append(self.paths[id(module)])
+        self.last = self.paths[id(module)]
+        self.stack.append(self.last)
 
     def _left(self, module: nn.Module, args: Any, output: Any) -> None:
         self.stack.pop()
@@ -144,10 +85,23 @@ class Tracer(TorchFunctionMode):
         self.paused = True
         several = dict(enumerate(output)) if isinstance(output, (tuple, list)) else output
         outputs = {None: output} if isinstance(output, Tensor) else several if isinstance(several, dict) else {}
+        self._opaque(module, (args, kwargs), outputs.values())
         self.graph.calls.append(
             Call(self.stack[-1], self._nodes({**dict(enumerate(args)), **kwargs}), self._nodes(outputs))
         )
         self.paused = False
+
+    def _opaque(self, module: nn.Module, given: Any, outputs: Iterable[Any]) -> None:
+        """What a module returned that no torch call was seen to make came out of its own kernel."""
+        unseen = [value for value in outputs if isinstance(value, Tensor) and id(value) not in self.node_of]
+        inputs = tuple(self.node(tensor).index for tensor in _tensors(given)) if unseen else ()
+        matrices = [p for p in module._parameters.values() if p is not None and p.dim() >= 2] if unseen else []
+        paths = tuple(self.parameters[id(p)] for p in matrices if id(p) in self.parameters)
+        for tensor in unseen:
+            self.add(
+                tensor,
+                Node(0, "opaque", self.stack[-1], (), inputs, parameters=paths, is_weight=bool(paths and inputs)),
+            )
 
     def _nodes(self, values: dict[Any, Any]) -> dict[Any, int]:
         return {key: self.node(value).index for key, value in values.items() if isinstance(value, Tensor)}
@@ -163,7 +117,7 @@ class Tracer(TorchFunctionMode):
     def add(self, tensor: Tensor, node: Node) -> Node:
         """Append a node and let it stand for the tensor."""
         nodes = self.graph.nodes
-        node.index, node.shape = len(nodes), tuple(tensor.shape)
+        node.index, node.shape, node.dtype = len(nodes), tuple(tensor.shape), tensor.dtype
         for i in node.inputs:
             node.ancestors |= nodes[i].ancestors | 1 << i
         nodes.append(node)
@@ -181,7 +135,10 @@ class Tracer(TorchFunctionMode):
             return NO_ANSWER[func.__name__]
         self.paused = True
         try:
-            output = func(*args, **kwargs)
+            if func.__name__ in GROUPED and args[0].is_meta:
+                output = args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+            else:
+                output = func(*args, **kwargs)
         finally:
             self.paused = False
         self.record(func, args, kwargs, output)
@@ -190,53 +147,55 @@ class Tracer(TorchFunctionMode):
     def record(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Add a node for each tensor that a call returned, or wrote to."""
         name = func.__name__
-        inputs = [self.node(tensor) for tensor in _tensors((args, kwargs))]
+        inputs = [self.node(tensor) for tensor in _tensors((args, kwargs))] if name not in SHAPES else []
         outputs = list(_tensors(output))
         if name == "__setitem__":
             outputs = [args[0]]
-        if name == "copy_" and self._copied_into_a_part(args[0], inputs[0], inputs[1]):
-            return
         data = [node for node in inputs if not node.parameters or node.is_weight]
-        matrices = [node for node in inputs if node.parameters and not node.is_weight and len(node.shape) >= 2]
-        parameters = tuple(path for node in matrices for path in node.parameters)
-        is_weight = bool(data and matrices) and name in PRODUCTS
+        weights = [node for node in inputs if node.parameters and not node.is_weight and len(node.shape) >= 2]
+        parameters = tuple(path for node in weights for path in node.parameters)
+        is_weight = bool(data and weights) and name in PRODUCTS
+        chosen = name in LOOKUPS and bool(weights) and inputs[0] is weights[0] and len(weights[0].shape) >= 3
         core = None
         if name in FUSED_ATTENTION:
-            core = (inputs[0].index, inputs[1].index, inputs[2].index)
+            operands = [*args, *(kwargs[name] for name in ("query", "key", "value") if name in kwargs)]
+            core = (self.node(operands[0]).index, self.node(operands[1]).index, self.node(operands[2]).index)
+        read = tuple(dict.fromkeys(node.index for node in inputs))
         for position, tensor in enumerate(outputs):
             call = self._replayable(func, args, kwargs, position if isinstance(output, (tuple, list)) else None)
-            self.add(
-                tensor,
-                Node(0, name, self.stack[-1], (), tuple(dict.fromkeys(node.index for node in inputs)), call=call,
-                     parameters=parameters if is_weight or not data else (), is_weight=is_weight, core=core),
-            )  # fmt: skip
+            node = Node(0, name, self.stack[-1], (), read, is_weight=is_weight, core=core, call=call)
+            node.parameters = parameters if is_weight or chosen or not data else ()
+            self.add(tensor, node)
+            base = tensor._base
+            if base is not None and id(base) in self.node_of and _writes(name):
+                self._written(base, tensor)
 
-    def _copied_into_a_part(self, part: Tensor, view: Node, source: Node) -> bool:
-        """Record a copy into a slice of a tensor as a new value of the whole tensor; False where it is no slice."""
-        whole = part._base
-        if whole is None or view.inputs != (self.node(whole).index,) or view.call is None:
-            return False
-        before, take = self.node(whole).index, view.call
+    def _written(self, base: Tensor, view: Tensor) -> None:
+        """A new node for a tensor of which a view was written to."""
+        before, part = self.node_of[id(base)], self.node_of[id(view)]
+        whole, size, stride, offset = base.numel(), view.shape, view.stride(), view.storage_offset()
 
         def call(values: dict[int, Tensor]) -> Tensor:
-            new = values[before].clone()
-            take({before: new}).copy_(values[source.index])
-            return new
+            where = torch.arange(whole).as_strided(size, stride, offset).flatten()
+            return values[before].flatten().index_copy(0, where, values[part].flatten()).view(values[before].shape)
 
-        self.add(whole, Node(0, "copy_", self.stack[-1], (), (before, source.index), call=call))
-        return True
+        node = Node(0, "write", self.stack[-1], (), (before, part))
+        node.call = call if base.is_contiguous() else None
+        self.add(base, node)
 
     def _replayable(
         self, func: Callable[..., Any], args: Any, kwargs: Any, position: int | None
     ) -> Callable[[dict[int, Tensor]], Tensor]:
         """The call again, on other values for its tensors."""
         leaves, structure = tree_flatten((args, kwargs))
-        indices = [self.node_of[id(leaf)] if isinstance(leaf, Tensor) else None for leaf in leaves]
+        indices = [self.node(leaf).index if isinstance(leaf, Tensor) else None for leaf in leaves]
 
         def call(values: dict[int, Tensor]) -> Tensor:
-            filled = [leaf if i is None else values[i] for leaf, i in zip(leaves, indices, strict=True)]
+            filled = [leaf if i is None else values[i].clone() for leaf, i in zip(leaves, indices, strict=True)]
             again_args, again_kwargs = tree_unflatten(filled, structure)
             output = func(*again_args, **again_kwargs)
+            if func.__name__ == "__setitem__":
+                output = again_args[0]
             result: Tensor = output if position is None else list(_tensors(output))[position]
             return result
 
@@ -244,7 +203,7 @@ class Tracer(TorchFunctionMode):
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, run: Callable[[], Any]) -> Any:
         """One attention through an interface: run it unseen, and record it as a single node."""
-        operands = tuple(self.node(tensor).index for tensor in (q, k, v))
+        operands = (self.node(q).index, self.node(k).index, self.node(v).index)
         path = self.paths.get(id(module), "")
         self.paused = True  # reading a shape is a torch call too
         try:
@@ -258,3 +217,8 @@ class Tracer(TorchFunctionMode):
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def _writes(name: str) -> bool:
+    """Whether a call changes the tensor it is given, which may be a view of another."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.startswith("_"))

@@ -47,6 +47,14 @@ def is_causal(model: nn.Module) -> bool:
     return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
+def checkpointed(model: nn.Module) -> list[str]:
+    """Paths of the blocks that gradient checkpointing recomputes as a whole."""
+    layers = sys.modules.get("transformers.modeling_layers")
+    if layers is None:
+        return []
+    return [path for path, module in model.named_modules() if isinstance(module, layers.GradientCheckpointingLayer)]
+
+
 def describe(model: Any) -> dict[str, str]:
     """What an adapter's file says of its base model: class, model type, name or path."""
     described = {"class": type(model).__name__}
