@@ -8,6 +8,7 @@ Each architecture runs in a process of its own, with a limit of time and memory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -83,10 +84,8 @@ def structure(model: nn.Module) -> Result:
         f"{sublayer.kind}.{role}" for sublayer in read.sublayers for role, parts in sublayer.roles.items() if parts
     }
     for role in ("embedding", "head"):
-        try:
+        with contextlib.suppress(veneer.VeneerError):
             roles |= {role} if places.find(model, role, "parameter") else set()
-        except veneer.VeneerError:
-            pass
     registered = sum(sublayer.registered for sublayer in read.sublayers)
     return {"roles": sorted(roles), "sublayers": {k: kinds.count(k) for k in sorted(set(kinds))}, "keys": registered}
 
@@ -103,7 +102,9 @@ def try_method(model: nn.Module, method: veneer.Method, where: str, batch: Any, 
             if not isinstance(method, KeySlots):
                 with torch.no_grad():
                     now = answers(model, batch)
-                found["identity"] = all(torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(base, now))
+                found["identity"] = all(
+                    torch.equal(a, b) or bool(a.isnan().any()) for a, b in zip(base, now, strict=True)
+                )
             unreached = set(veneer.check(model, {**batch, **without_cache(model)}))
             torch.manual_seed(1)
             for parameter in adapter.parameters():
@@ -235,17 +236,18 @@ def _lines(results: dict[str, Result]) -> Iterator[str]:
     yield ""
     yield "<!-- Written by scripts/walk_architectures.py; the numbers behind it are in architectures.json. -->"
     yield ""
-    yield f"What was tried on a tiny random model of every model type in transformers {transformers.__version__} that has"
-    yield "an auto class. Nothing in Veneer knows any of them by name."
+    yield f"What was tried on a tiny random model of every model type in transformers {transformers.__version__}"
+    yield "that has an auto class. Nothing in Veneer knows any of them by name."
     yield ""
     yield "| what | model types |"
     yield "|---|---:|"
     for name, count in number.items():
         yield f"| {MEANINGS[name]} | {count} |"
     yield ""
-    yield "`all`: every parameter of the adapter got a gradient, and at its start it changed nothing. `3/8`: 3 of 8 did."
-    yield "`attached`: no input could be guessed for a forward, so nothing ran. `-`: there is no such place."
-    yield "`failed`: an error, named in architectures.json."
+    yield "`all`: every parameter of the adapter got a gradient, and at its start it changed nothing; `3/8`: 3 of 8."
+    yield "`attached`: no input could be guessed for a forward. `-`: there is no such place. `failed`: an error, named"
+    yield "in architectures.json. Places that the guessed input does not reach are left out: of a model that is given"
+    yield "text, the tower for images."
     yield ""
     yield f"| model type | roles | {' | '.join(METHODS)} |"
     yield f"|---|---|{'---|' * len(METHODS)}"

@@ -106,12 +106,10 @@ def _trace(model: nn.Module, example: Mapping[str, Tensor] | None) -> Graph:
                 return tracer.graph
     stopped = "no input could be guessed from its config"
     if failure:
-        error, tracer = failure
-        reason = next(iter(str(error).splitlines()), "")
-        stopped = (
-            f"a probe forward stopped with {type(error).__name__}: {reason}, after {len(tracer.graph.nodes)} tensors, in "
-            f"{tracer.last or 'the model itself'}"
-        )
+        stop, tracer = failure
+        reason = next(iter(str(stop).splitlines()), "")
+        far = f"after {len(tracer.graph.nodes)} tensors, in {tracer.last or 'the model itself'}"
+        stopped = f"a probe forward stopped with {type(stop).__name__}: {reason}, {far}"
     raise UnreadableModel(
         f"The roles of {type(model).__name__} could not be read: {stopped}. Hand over a batch that the model accepts, "
         "veneer.seams.anatomy.read(model, example=batch), or name the modules by a glob, such as where='*.q_proj'."

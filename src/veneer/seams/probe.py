@@ -140,7 +140,7 @@ class _Facts:
         ahead, features = self.config.prediction_length, self.first("num_time_features", default=0)
         return {
             "past_values": self.noise(past),
-    "past_time_features": self.noise(past, features),
+            "past_time_features": self.noise(past, features),
             "past_observed_mask": torch.ones(BATCH, past),
             "future_values": self.noise(ahead),
             "future_time_features": self.noise(ahead, features),
