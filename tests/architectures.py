@@ -251,9 +251,8 @@ def _known_tokens(tiny: PreTrainedConfig) -> None:
         return
     free = size - 1
     for name, value in sorted(vars(tiny).items()):
-        token = (
-            name.endswith(("_token_id", "_token_index")) and isinstance(value, (int, list)) and type(value) is not bool
-        )
-        if token and max([value] if isinstance(value, int) else [0, *filter(None, value)]) >= size:
+        if not name.endswith(("_token_id", "_token_index")) or type(value) not in (int, list):
+            continue
+        if max([value] if isinstance(value, int) else [0, *filter(None, value)]) >= size:
             _set(tiny, name, free if isinstance(value, int) else [free])
             free -= 1

@@ -238,48 +238,13 @@ def test_the_page_states_what_the_walk_found():
         assert written["counts"][name] >= floor, name
 
 
+# Families of every kind.
 SAMPLE = [
-    "albert",
-    "bart",
-    "bert",
-    "blip",
-    "bloom",
-    "clip",
-    "codegen",
-    "cohere",
-    "convbert",
-    "deberta-v2",
-    "deepseek_v3",
-    "distilbert",
-    "electra",
-    "falcon",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-    "gpt_oss",
-    "gptj",
-    "granitemoe",
-    "jamba",
-    "led",
-    "llama",
-    "mamba",
-    "mbart",
-    "mistral",
-    "mixtral",
-    "mpt",
-    "olmo2",
-    "opt",
-    "phi3",
-    "qwen2_moe",
-    "qwen3",
-    "roberta",
-    "rt_detr",
-    "t5",
-    "vit",
-    "wav2vec2",
-    "whisper",
-]
+    "albert", "bart", "bert", "blip", "bloom", "clip", "codegen", "cohere", "convbert", "deberta-v2",
+    "deepseek_v3", "distilbert", "electra", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss",
+    "gptj", "granitemoe", "jamba", "led", "llama", "mamba", "mbart", "mistral", "mixtral", "mpt", "olmo2", "opt",
+    "phi3", "qwen2_moe", "qwen3", "roberta", "rt_detr", "t5", "vit", "wav2vec2", "whisper",
+]  # fmt: skip
 
 
 @pytest.mark.slow

@@ -125,12 +125,10 @@ def _trace(model: nn.Module, example: Mapping[str, Tensor] | None) -> Graph:
                 return tracer.graph
     stopped = "no input could be guessed from its config"
     if failure:
-        why, tracer = failure
-        reason = next(iter(str(why).splitlines()), "")
-        stopped = (
-            f"a probe forward stopped with {type(why).__name__}: {reason}, after {len(tracer.graph.nodes)} tensors, "
-            f"in {tracer.last or 'the model itself'}"
-        )
+        stop, tracer = failure
+        reason = next(iter(str(stop).splitlines()), "")
+        far = f"after {len(tracer.graph.nodes)} tensors, in {tracer.last or 'the model itself'}"
+        stopped = f"a probe forward stopped with {type(stop).__name__}: {reason}, {far}"
     raise UnreadableModel(
         f"The roles of {type(model).__name__} could not be read: {stopped}. Hand over a batch that the model accepts, "
         "veneer.seams.anatomy.read(model, example=batch), or name the modules by a glob, such as where='*.q_proj'."

@@ -164,13 +164,15 @@ def _mixer(graph: Graph, inside: list[Node]) -> Roles | None:
         for node in inside
         if node.op in _SCANS
         or (node.op in PRODUCTS and not node.is_weight and len(graph.data(node)) >= 2)
-        or (
-            (node.op == "conv1d" or (node.op in CONVOLUTIONS and node.index in ends))
-            and max((size for shape in _matrices(graph, node) for size in shape[2:]), default=1) > 1
-        )
+        or (_slides(graph, node) and (node.op == "conv1d" or node.index in ends))
     ]
     last = weights[-1] if weights else inside[-1]
     return Roles("mixer", last.module, roles={"down": _whole([last])}) if meets else None
+
+
+def _slides(graph: Graph, node: Node) -> bool:
+    """Whether a node is a convolution over more than one position."""
+    return node.op in CONVOLUTIONS and any(size > 1 for shape in _matrices(graph, node) for size in shape[2:])
 
 
 def _matrices(graph: Graph, weight: Node) -> list[tuple[int, ...]]:

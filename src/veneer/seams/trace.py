@@ -20,12 +20,14 @@ from veneer.seams.graph import Call, Graph, Node
 
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d"}
 PRODUCTS = CONVOLUTIONS | {
-    *("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "addbmm", "einsum"),
-    *("tensordot", "bilinear", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"),
+    *("linear", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "addmm", "baddbmm", "addbmm", "einsum", "bilinear"),
+    *("tensordot", "grouped_mm", "_grouped_mm", "multi_head_attention_forward"),
 }
 # These take a shape from a tensor, and no numbers.
-SHAPES = {"new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like",
-          "full_like", "rand_like", "randn_like"}  # fmt: skip
+SHAPES = {
+    *("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor", "empty_like", "zeros_like", "ones_like"),
+    *("full_like", "rand_like", "randn_like"),
+}
 LOOKUPS = {"__getitem__", "index_select"}
 # A question about values has no answer on meta tensors; "no" keeps models on their general path, off their shortcuts.
 NO_ANSWER = {"__bool__": False, "__contains__": False, "item": 0}
