@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from veneer.formats import Format
     from veneer.layers import LinearMap
 
-Unit = Literal["weight", "parameter", "attention", "sublayer", "input"]
+Unit = Literal["weight", "table", "parameter", "attention", "sublayer", "input"]
 Span = tuple[int, int]
 T = TypeVar("T")
 
@@ -259,10 +259,17 @@ class KeyValue(Delta):
 
 
 class Input(Delta):
-    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e).
+
+    With `slots` of 0 that has the same shape. Otherwise it has `slots` positions in front of e, which stays as it is;
+    every token may attend to those, and ids is None where the model was given embeddings. The place then has the
+    source "stack".
+    """
+
+    slots: int = 0
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
+    def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):
@@ -282,9 +289,10 @@ def _checkers(method: type) -> dict[str, TypeAdapter[Any]]:
 class Method(ABC):
     """One PEFT method: its options, its checks, and the delta it builds. Subclasses are frozen dataclasses.
 
-    `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections),
-    "parameter" (any parameter), "attention" (keys and values), "sublayer" (a branch beside the residual stream) or
-    "input" (input embeddings). `default_where` is where it goes when the user names nothing.
+    `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections), "table"
+    (an embedding, with all that is tied to it), "parameter" (any parameter), "attention" (keys and values), "sublayer"
+    (a branch beside the residual stream) or "input" (input embeddings). `default_where` is where it goes when the user
+    names nothing.
     """
 
     unit: ClassVar[Unit] = "weight"

@@ -4,6 +4,7 @@
                     read off the model's data flow (transformers models)
     linear, block   every linear map in the repeated blocks, never the head
     embedding, head the token embedding, the projection over the vocabulary
+    input           the token embedding that a forward reads first: the encoder's where the decoder has one, too
     norm            every module whose weight is a vector
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -25,13 +26,13 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, rotary, transformers, written
+from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
     *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
     *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
-    *("linear", "block", "embedding", "head", "norm"),
+    *("linear", "block", "embedding", "input", "head", "norm"),
 )
 
 
@@ -116,9 +117,29 @@ def parameters(model: nn.Module) -> dict[str, Place]:
     return found
 
 
+def _shared_tables(model: nn.Module) -> dict[str, Place]:
+    """Every embedding, with all weights that share its parameter; embeddings that share it are one place."""
+    readers: dict[int, list[Place]] = {}
+    for place in weights(model).values():
+        readers.setdefault(id(place.weight), []).append(place)
+    found = {}
+    for group in readers.values():
+        group.sort(key=lambda place: not isinstance(place.owner, nn.Embedding))
+        first, *others = group
+        if isinstance(first.owner, nn.Embedding):
+            whole = dataclasses.replace(first, unit="table", tied=tuple(others))
+            found.update({place.path: whole for place in group})
+    return found
+
+
 def _embeddings(model: nn.Module) -> dict[str, Place]:
-    tables = set(_tables(model))
-    return {path: place for path, place in weights(model).items() if path in tables}
+    """The token embeddings, each with the modules around it that its positions pass through."""
+    tables, blocks = _tables(model), anatomy.repeated(model)
+    return {
+        path: dataclasses.replace(place, sources=inputs.sources(model, path, tables, blocks))
+        for path, place in weights(model).items()
+        if path in tables
+    }
 
 
 def _tables(model: nn.Module) -> tuple[str, ...]:
@@ -188,6 +209,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
 
 _INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
     "weight": weights,
+    "table": _shared_tables,
     "parameter": parameters,
     "attention": _attentions,
     "sublayer": _sublayers,
@@ -223,9 +245,9 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in anatomy.repeated(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
-    if role == "embedding":
-        tables = _tables(model)
-        return [place for place in inventory.values() if place.owner_path in tables]
+    if role in ("embedding", "input"):
+        tables = _tables(model)[: 1 if role == "input" else None]
+        return [place for path, place in inventory.items() if path in tables or place.owner_path in tables]
     if role == "norm":
         return [place for place in inventory.values() if _is_norm(place.owner)]
     if role == "head":
@@ -292,9 +314,12 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
-def layer(model: nn.Module, place: Place) -> int:
-    """The number of the block a place lies in, -1 outside the blocks."""
-    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
+def layers(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
+    """The number of the block that each place lies in, -1 outside the blocks, by the place's path."""
+    places = list(places)
+    inside = anatomy.layers(model, {place.owner_path for place in places})
+    known = ("attention", "sublayer")
+    return {place.path: place.layer if place.unit in known else inside[place.owner_path] for place in places}
 
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
@@ -322,4 +347,4 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
         if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
             raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
-    return _tie(found) if unit == "parameter" else found
+    return _tie(found) if unit == "parameter" else list({place.path: place for place in found}.values())

@@ -14,7 +14,7 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -112,6 +112,7 @@ class Binding:
     held: Held | None = None
     attends: tuple[int, ...] = ()
     """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 class Site(nn.ModuleDict):
@@ -193,7 +194,17 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
     attends = place.shape if place.unit == "attention" and place.functional else ()
     site.bindings[name].append(
-        Binding(place.path, next(below, ""), place.parameter, place.format, place.spans, place.item, held, attends)
+        Binding(
+            place.path,
+            next(below, ""),
+            place.parameter,
+            place.format,
+            place.spans,
+            place.item,
+            held,
+            attends,
+            place.sources,
+        )
     )
     _hook(place.reader, site)
 
@@ -269,6 +280,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+        if isinstance(delta, Input) and delta.slots:
+            continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
@@ -353,3 +366,22 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor 
             seen = torch.cat([served, before], dim=1)
         k, v, front = wide_k, wide_v, front + added
     return k, v, seen
+
+
+def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:
+    """How many positions each active `Input` delta of this site puts in front of which rows, the foremost last."""
+    acting = ((cast(Input, delta), rows) for delta, _, rows in site.deltas(Input, batch))
+    return [(delta.slots, rows) for delta, rows in acting if delta.slots]
+
+
+def in_front(site: Site, ids: Tensor | None, embeddings: Tensor) -> Tensor:
+    """The embeddings with all that `slots` names in front of them; rows that a delta does not serve get zeros there."""
+    for delta, _, rows in site.deltas(Input, embeddings):
+        if not cast(Input, delta).slots:
+            continue
+        if rows is None:
+            embeddings = delta(ids, embeddings)
+        else:
+            served = delta(None if ids is None else _take(ids, 0, rows), _take(embeddings, 0, rows))
+            embeddings = _put(F.pad(embeddings, (0, 0, cast(Input, delta).slots, 0)), 0, rows, served)
+    return embeddings

@@ -181,7 +181,7 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
 
 def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     config = files.read_json(path / PEFT_CONFIG)
-    tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS))
+    tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS), config)
     entries = peft.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
     base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
     claims = _claims(model, entries, path, base)

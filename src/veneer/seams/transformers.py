@@ -42,6 +42,11 @@ def head(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether an attention of the model hides later tokens."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
 def describe(model: Any) -> dict[str, str]:
     """What an adapter's file says of its base model: class, model type, name or path."""
     described = {"class": type(model).__name__}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, vera
+from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, prompt, trainable_tokens, vera
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
@@ -22,6 +22,9 @@ KINDS: dict[str, Kind] = {
     "LORA": lora,
     "OFT": oft.KIND,
     "PREFIX_TUNING": prefix,
+    "PROMPT_TUNING": prompt,
+    "P_TUNING": prompt,
+    "TRAINABLE_TOKENS": trainable_tokens.KIND,
     "VERA": vera.KIND,
 }
 ROUNDED = {"PREFIX_TUNING"}
@@ -62,6 +65,13 @@ def _kind(claims: Sequence[Claim]) -> tuple[str, Kind]:
     raise NotInPEFT(f"PEFT has no file for {', '.join(sorted(method.__name__ for method in methods))} in one adapter")
 
 
-def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts."""
-    return {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
+def without_copies(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that count, of those that a file holds.
+
+    With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts. Of a
+    prompt only the first `num_virtual_tokens` rows are read.
+    """
+    kept = {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
+    if config.get("num_transformer_submodules") == 2 and prompt.KEY in kept:
+        kept[prompt.KEY] = kept[prompt.KEY][: config.get("num_virtual_tokens")]
+    return kept
