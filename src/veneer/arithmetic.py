@@ -220,7 +220,7 @@ def _sorted_out(chosen: Sequence[Part]) -> tuple[list[_Spot], list[_Spot]]:
     for adapter, weight in chosen:
         mine: dict[str, list[Claim]] = {}
         for one in adapter.claims:
-            if not (one.delta.linear or (one.delta.mergeable and one.method.unit == "weight")):
+            if not (one.delta.linear or (one.delta.mergeable and one.method.unit != "parameter")):
                 raise AdapterError(
                     f"{type(one.method).__name__} at {one.place.path} of '{adapter.name}' changes no weight that could "
                     'add up. Only how="average" combines such methods.'
