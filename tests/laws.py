@@ -36,6 +36,8 @@ class Case:
 
     def attach(self, name: str = "default", changed: bool = True) -> veneer.Adapter:
         adapter = veneer.attach(self.model, self.method, self.where, name=name)
+        if any(claim.delta.waits for claim in adapter.claims):
+            veneer.calibrate(self.model, adapter, [self.batch])
         if changed:
             perturb(adapter)
         return adapter

@@ -8,8 +8,10 @@ import pickle
 import pytest
 import torch
 import transformers
-from tiny import HEADS, IDS, SIZES, VOCABULARY, WIDTH, logits, perturb, text
+from tiny import FAMILIES, HEADS, IDS, SIZES, VOCABULARY, WIDTH, logits, perturb, text
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama import modeling_llama
 
 import veneer
 from veneer import errors, places
@@ -80,6 +82,9 @@ def test_detaching_restores_and_copies_work(kind):
     adapted = answer(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(answer(other), adapted)
+        perturb(veneer.adapters(other)["default"])
+        assert not torch.equal(answer(other), adapted)
+        assert torch.equal(answer(model), adapted), "changing the copy changed the original"
     with veneer.use(model):
         torch.testing.assert_close(answer(model), base)
     veneer.detach(model, adapter)
@@ -129,6 +134,38 @@ def test_code_that_does_something_else_with_the_scores_is_refused():
         veneer.attach(model, PREFIX)
     assert list(model.state_dict()) == keys
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_start_from_tokens_is_refused_where_keys_do_not_show():
+    model = build("Bloom")
+    adapter = veneer.attach(model, PREFIX)
+    with pytest.raises(errors.MethodError, match="attends in code of its own"):
+        veneer.start_prefix(model, adapter, text())
+
+
+class Direct:
+    """A registry that no one else looks into, as modules have that name one implementation themselves."""
+
+    def get_interface(self, implementation, default):
+        return sdpa_attention_forward
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_implementation_named_directly_is_no_way_round(monkeypatch, masked):
+    expected, model = (FAMILIES["llama"].model() for _ in range(2))
+    batch = text() if masked else {"input_ids": IDS}
+    if masked:
+        batch["attention_mask"] = batch["attention_mask"].clone()
+        batch["attention_mask"][0, :2] = 0
+    perturb(veneer.attach(expected, PREFIX))
+    state = veneer.adapters(expected)["default"].state_dict()
+    wanted = answer(expected, batch)
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", Direct())
+    adapter = veneer.attach(model, PREFIX)  # the code repeats the heads that queries share before it attends
+    repeats = {key: len(tensor) // len(state[key]) for key, tensor in adapter.state_dict().items()}
+    adapter.load_state_dict({key: tensor.repeat_interleave(repeats[key], 0) for key, tensor in state.items()})
+    torch.testing.assert_close(answer(model, batch), wanted)
+    assert torch.equal(generated(model, IDS), generated(model, IDS, use_cache=False))
 
 
 def test_trying_it_leaves_the_model_as_it_is():

@@ -169,7 +169,11 @@ def test_a_quantized_base_equals_its_dense_twin(kind, name):
     for one in (model, other):
         torch.manual_seed(1)
         adapters.append(veneer.attach(one, subject.method, subject.where))
+        if waits := any(claim.delta.waits for claim in adapters[-1].claims):
+            veneer.calibrate(one, adapters[-1], [text()])
         perturb(adapters[-1], 0.1)
+    if waits:  # the two bases' activations differ in their last bits
+        adapters[1].load_state_dict(adapters[0].state_dict())
     same_tensors(adapters[0].state_dict(), adapters[1].state_dict())
     answer = backward(model)
     torch.testing.assert_close(answer, backward(other), **CLOSE)

@@ -414,3 +414,22 @@ def test_what_the_demo_saves_can_be_used_again(little, tokenizer):
     assert [name for name in merged.state_dict() if "adapters" in name] == []
     assert judge.loss(merged) == pytest.approx(report.held_out_loss_after, rel=0.02)
     assert math.isfinite(report.chrf_after)
+
+
+def test_training_adds_the_adapters_term_and_runs_its_schedule(tokenizer):
+    """AdaLoRA ends with its target of triplets, and its P and Q are nearer to orthogonal than without the term."""
+    ends = []
+    for orthogonality in (0.0, 10.0):
+        model = tiny(tokenizer)
+        method = veneer.AdaLoRA(
+            total_steps=12, initial_rank=4, target_rank=2, warmup=2, final=3, orthogonality=orthogonality
+        )
+        adapter = veneer.attach(model, method, where="attention.q | attention.v")
+        rows = [encode(tokenizer, example) for example in EXAMPLES]
+        recipe = Recipe(steps=12, batch_size=2, learning_rate=0.02, warmup_steps=0)
+        history = fit(model, adapter, rows, Collator.of(model, tokenizer), recipe, console=Console(file=io.StringIO()))
+        assert sum(int((claim.delta.E != 0).sum()) for claim in adapter.claims) == 2 * len(adapter.claims)
+        off = [claim.delta.A @ claim.delta.A.T - torch.eye(4) for claim in adapter.claims]
+        ends.append(sum(matrix.norm().item() for matrix in off))
+        assert all(math.isfinite(loss) for _, loss in history.training)
+    assert ends[1] < 0.8 * ends[0]

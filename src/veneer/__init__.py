@@ -18,6 +18,9 @@ from veneer.arithmetic import (
     combine,
     to_lora,
 )
+from veneer.calibration import (
+    calibrate,
+)
 from veneer.counting import (
     ParameterCount,
     count_parameters,
@@ -50,6 +53,7 @@ from veneer.merging import (
 from veneer.methods import (
     IA3,
     OFT,
+    AdaLoRA,
     AdapterFusion,
     BitFit,
     BottleneckAdapter,
@@ -57,13 +61,17 @@ from veneer.methods import (
     DoRA,
     FullFineTuning,
     Gated,
+    HiRA,
     InvertibleAdapter,
     LayerNormTuning,
+    LLaMAAdapter,
     LoRA,
     LoRAFA,
+    MiSS,
     PrefixTuning,
     PromptTuning,
     PTuning,
+    SHiRA,
     TrainableTokens,
     VeRA,
 )
@@ -80,6 +88,7 @@ from veneer.store import (
 )
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterFusion",
     "After",
@@ -92,20 +101,24 @@ __all__ = [
     "DoRA",
     "FullFineTuning",
     "Gated",
+    "HiRA",
     "IA3",
     "Input",
     "InvertibleAdapter",
     "KeyValue",
+    "LLaMAAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
     "Method",
+    "MiSS",
     "OFT",
     "PTuning",
     "ParameterCount",
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "SHiRA",
     "TrainableTokens",
     "VeRA",
     "VeneerError",
@@ -113,6 +126,7 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "calibrate",
     "check",
     "combine",
     "count_parameters",

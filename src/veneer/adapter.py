@@ -80,14 +80,19 @@ def _below(model: nn.Module, module: str) -> str:
     return rf"re:{pattern}\..*"
 
 
-def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None) -> list[Claim]:
-    """One method's deltas at these places, in the adapter's dtype; errors name the place."""
+def build(
+    method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None, filled: bool = False
+) -> list[Claim]:
+    """One method's deltas at these places, in the adapter's dtype; errors name the place.
+
+    `filled` says that a file's tensors come next.
+    """
     claims = []
     shared = method.share(found)
     if shared is not None and dtype is not None:
         shared.to(dtype)
     for place in found:
-        place = dataclasses.replace(place, shared=shared)
+        place = dataclasses.replace(place, shared=shared, filled=filled)
         try:
             if method.unit in ("weight", "table"):
                 place = dataclasses.replace(place, map=place.format.map(place.reader))

@@ -70,7 +70,7 @@ def change(place: Place, claims: Sequence[Claim]) -> Change:
     if all(isinstance(one.delta, Pair) and type(one.delta).merge is Pair.merge for one in claims) and all(
         one.place.spans == place.spans for one in claims
     ):
-        return total([_thin(place, one.delta) for one in claims if isinstance(one.delta, Pair)])
+        return total([thin for one in claims if isinstance(one.delta, Pair) for thin in _thin(place, one.delta)])
     before = place.read().to(torch.float64)  # so that the small difference of two large numbers keeps its digits
     after = before
     if any(one.method.unit == "parameter" for one in claims):
@@ -117,8 +117,11 @@ def _merged(one: Claim, weight: Tensor, place: Place) -> Tensor:
     return weight.index_copy(dim, rows, one.delta.merge(weight.index_select(dim, rows)))
 
 
-def _thin(place: Place, pair: Pair) -> Thin:
-    return Thin(_matrix(place, pair.B.detach()) * pair.scale, _matrix(place, pair.A.detach()))
+def _thin(place: Place, pair: Pair) -> list[Thin]:
+    return [
+        Thin(_matrix(place, B.detach()) * (sign * pair.scale), _matrix(place, A.detach()))
+        for A, B, sign in pair.parts()
+    ]
 
 
 def _matrix(place: Place, tensor: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class Place:
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
     where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
     `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
-    if at all.
+    if at all, and `projections` holds the weights that make its keys ("k") and values ("v"), where each is made by one.
+    `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left out.
     """
 
     path: str
@@ -88,6 +89,8 @@ class Place:
     norm: nn.Module | None = None
     shared: nn.Module | None = None
     turn: Callable[[Tensor, int], Tensor] | None = None
+    filled: bool = False
+    projections: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -200,6 +203,10 @@ class Delta(nn.Module, ABC):
     stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
     modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
     names the source of the place that `x` is taken from; empty means the module's first argument.
+
+    A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
+    is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
+    act or be saved.
     """
 
     mergeable: ClassVar[bool] = False
@@ -209,6 +216,7 @@ class Delta(nn.Module, ABC):
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
+    waits: Literal["", "inputs", "weight"] = ""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -221,6 +229,15 @@ class Delta(nn.Module, ABC):
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, or None."""
         return None
+
+    def observe(self, x: Tensor) -> None:
+        """See what this delta waits for."""
+
+    def settle(self) -> None:
+        """Start from what was observed; AdapterError where that is too little."""
+
+    def verify(self) -> None:
+        """Raise MethodError where tensors that were read from a file cannot be this delta's, whatever their shapes."""
 
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
@@ -252,7 +269,12 @@ class KeyValue(Delta):
 
     The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
     tensors are cast to the dtype and device of k and v.
+
+    Where `apart` is set, delta(k, v) is its own positions alone: every query attends to them apart from the layer's own
+    (a second softmax), and what comes out is added.
     """
+
+    apart: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -319,6 +341,11 @@ class Method(ABC):
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
         return None
+
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        """What training adds to the loss for this method's deltas: the sum of their own terms, unless it says else."""
+        terms = [term for delta in deltas if (term := delta.regularization()) is not None]
+        return torch.stack(terms).sum() if terms else None
 
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         """Called by training after optimizer step number `step`, from 1, with this method's deltas."""

@@ -85,17 +85,21 @@ class Adapter:
         return {key: tensor.detach() for key, tensor in self.named_tensors()}
 
     def regularization(self) -> Tensor | None:
-        """The sum of the terms that its deltas add to the loss; None where there is none."""
-        terms = [term for claim in self.claims if (term := claim.delta.regularization()) is not None]
+        """The sum of the terms that its methods add to the loss; None where there is none."""
+        found = [method.penalty(deltas) for method, deltas in self._by_method()]
+        terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else None
 
     def after_step(self, step: int) -> None:
         """Tell its methods that optimizer step number `step`, from 1, is done: schedules act here."""
-        groups: dict[int, list[Claim]] = {}
+        for method, deltas in self._by_method():
+            method.after_step(deltas, step)
+
+    def _by_method(self) -> list[tuple[Method, list[Delta]]]:
+        groups: dict[int, tuple[Method, list[Delta]]] = {}
         for claim in self.claims:
-            groups.setdefault(id(claim.method), []).append(claim)
-        for claims in groups.values():
-            claims[0].method.after_step([claim.delta for claim in claims], step)
+            groups.setdefault(id(claim.method), (claim.method, []))[1].append(claim.delta)
+        return list(groups.values())
 
     def folded(self) -> Adapter:
         """This adapter in the form in which it is saved: what only training needs is folded away."""

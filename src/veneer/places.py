@@ -175,7 +175,19 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 functional=not sublayer.registered,
                 layer=read.layer(sublayer.ends.blocks),
                 turn=functools.partial(rotary.turn, model, sublayer.module),
+                projections=_projections(sublayer, projections),
             )
+    return found
+
+
+def _projections(sublayer: anatomy.Sublayer, weights: dict[str, Place]) -> dict[str, Place]:
+    """The weights that make an attention's keys and values, by role, where each is made by one."""
+    found = {}
+    for role in "kv":
+        if len(sublayer.roles[role]) == 1:
+            (part,) = sublayer.roles[role]
+            place = weights[part.parameter.rpartition(".")[0]]
+            found[role] = place.restricted(part.spans, role) if part.spans else place
     return found
 
 

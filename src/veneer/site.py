@@ -195,15 +195,15 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     attends = place.shape if place.unit == "attention" and place.functional else ()
     site.bindings[name].append(
         Binding(
-            place.path,
-            next(below, ""),
-            place.parameter,
-            place.format,
-            place.spans,
-            place.item,
-            held,
-            attends,
-            place.sources,
+            path=place.path,
+            owner=next(below, ""),
+            parameter=place.parameter,
+            format=place.format,
+            spans=place.spans,
+            item=place.item,
+            held=held,
+            attends=attends,
+            sources=place.sources,
         )
     )
     _hook(place.reader, site)
@@ -247,6 +247,15 @@ def _hook(module: nn.Module, site: Site) -> None:
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
     if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
+
+
+def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `see` with what the module is called with, until the handle is removed."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(_first(args, kwargs))
+
+    return module.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -350,6 +359,8 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor 
     seen: Tensor | None = None
     front = 0
     for delta, _, rows in site.deltas(KeyValue, k):
+        if cast(KeyValue, delta).apart:
+            continue
         if rows is None:
             wide_k, wide_v = delta(k, v)
         else:
@@ -366,6 +377,17 @@ def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor 
             seen = torch.cat([served, before], dim=1)
         k, v, front = wide_k, wide_v, front + added
     return k, v, seen
+
+
+def apart(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys and values to attend to apart, with the rows of the batch that do (None: all)."""
+    for delta, _, rows in site.deltas(KeyValue, k):
+        if not cast(KeyValue, delta).apart:
+            continue
+        if rows is None:
+            yield (*delta(k, v), None)
+        else:
+            yield (*delta(_take(k, 0, rows), _take(v, 0, rows)), torch.tensor(rows, device=k.device))
 
 
 def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:

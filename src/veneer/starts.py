@@ -23,8 +23,8 @@ def start_prefix(model: nn.Module, adapter: Adapter | str, batch: Mapping[str, A
     the prefix starts as the very context that those tokens would be in front of the text. Where positions are learned
     the tokens stand at positions 0, 1, ..., as they do in a text.
 
-    Raises MethodError where the adapter has no prefix, trains it through a network (reparameterization), or the batch
-    has too few positions or padding among them.
+    Raises MethodError where the adapter has no prefix, trains it through a network (reparameterization), the model
+    attends in code of its own, or the batch has too few positions or padding among them.
     """
     adapter = handle(model, adapter)
     found = {claim.place.path: claim for claim in adapter.claims if isinstance(claim.delta, (Slots, MLPSlots))}
@@ -36,6 +36,9 @@ def start_prefix(model: nn.Module, adapter: Adapter | str, batch: Mapping[str, A
             f"{adapter!r} makes its prefix by a network, which cannot be started from tokens. Attach "
             "PrefixTuning(reparameterization=False)."
         )
+    for path in prefixes:
+        if found[path].place.functional:
+            raise MethodError(f"{path} attends in code of its own, where its keys cannot be seen. Train from chance.")
     length = max(slots.key.shape[1] for slots in prefixes.values())
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask[:, :length].all()):

@@ -15,7 +15,7 @@ import veneer
 from veneer import adapter as verbs
 from veneer import files, methods, places
 from veneer.delta import Method, Place
-from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
+from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
 from veneer.handle import Adapter, Claim, runs
 from veneer.interop import peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
@@ -68,6 +68,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    if any(claim.delta.waits for claim in adapter.claims):
+        raise AdapterError(f"{adapter!r} has not started yet. Call veneer.calibrate first.")
     adapter = adapter.folded()
     contents = {}
     name = OWN_TENSORS
@@ -176,6 +178,7 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
         peft.from_tensors(claims, tensors)
     else:
         _fill_own(claims, tensors)
+    _verify(claims, path / recipe.tensors.file)
     return verbs.install(model, name, claims, recipe.also_train)
 
 
@@ -191,6 +194,7 @@ def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
         raise CorruptFile(f"{path / PEFT_TENSORS}: some tensors are missing: {error}.") from None
     _compare(expected, tensors, path / PEFT_TENSORS, base)
     peft.from_tensors(claims, tensors)
+    _verify(claims, path / PEFT_TENSORS)
     return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
 
 
@@ -263,7 +267,9 @@ def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[s
         return [
             claim
             for entry in entries
-            for claim in verbs.build(entry.method, places.exact(model, entry.method.unit, entry.places), entry.where)
+            for claim in verbs.build(
+                entry.method, places.exact(model, entry.method.unit, entry.places), entry.where, filled=True
+            )
         ]
     except (MethodError, RuntimeError, MemoryError) as error:
         raise CorruptFile(f"{path} asks for an adapter that cannot be built: {error}") from None
@@ -284,6 +290,14 @@ def _fill_own(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
         fill(tensor, tensors[key])
 
 
+def _verify(claims: Sequence[Claim], file: Path) -> None:
+    for claim in claims:
+        try:
+            claim.delta.verify()
+        except MethodError as error:
+            raise CorruptFile(f"{file}: {claim.place.path} {error}") from None
+
+
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
@@ -291,6 +305,8 @@ def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, 
         parts += [f"{listed(extra)} left over"] if extra else []
         raise CorruptFile(f"{file}: {'; '.join(parts)}. The tensors do not belong to this recipe and model.")
     for key, tensor in expected.items():
+        if tensor.is_floating_point() != found[key].is_floating_point():
+            raise CorruptFile(f"{file}: {key} is stored as {found[key].dtype}, where an adapter has {tensor.dtype}.")
         if tensor.shape != found[key].shape:
             raise WrongModel(
                 f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter "

@@ -1,4 +1,4 @@
-"""Prefix tuning, plain and through its network."""
+"""Prefix tuning, plain and through its network, and prompts attended apart."""
 
 import veneer
 from subjects import ACTIVATIONS, Subject
@@ -7,6 +7,7 @@ UNMERGED = {"merged_equals_adapted": (veneer.errors.NotMergeable, ACTIVATIONS)}
 
 SUBJECTS = {
     "PrefixTuning": Subject(veneer.PrefixTuning(length=3, std=0.5), identity=False, impossible=UNMERGED),
+    "LLaMAAdapter": Subject(veneer.LLaMAAdapter(length=3), impossible=UNMERGED),
     "PrefixTuning-MLP": Subject(
         veneer.PrefixTuning(length=3, reparameterization=True, hidden=7), identity=False, impossible=UNMERGED
     ),

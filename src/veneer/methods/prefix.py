@@ -37,7 +37,8 @@ class PrefixTuning(Method):
 
     Cost:
         length · kv heads · (key width + value width) parameters a place: 491,520 for length 10 on GPT-2 medium. Every
-        attention reads `length` more keys, at inference too; no position of the context is used up.
+        attention reads `length` more keys, at inference too; no position of the context is used up. Attentions that a
+        model returns have `length` more columns.
 
     Merging:
         Not possible: it acts on activations.

@@ -94,4 +94,13 @@ def _attend(
         attention_mask = call.widened(attention_mask)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (added, 0))
-    return attend(module, query, wide_key, wide_value, attention_mask, *args, **kwargs)
+    output = attend(module, query, wide_key, wide_value, attention_mask, *args, **kwargs)
+    for slots_key, slots_value, rows in site.apart(here, key, value):
+        mine = query if rows is None else query.index_select(0, rows)
+        more = F.scaled_dot_product_attention(
+            mine, slots_key, slots_value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+        ).transpose(1, 2)
+        mixed, *others = output
+        more = more.reshape(len(mine), *mixed.shape[1:])
+        output = (mixed + more if rows is None else mixed.index_add(0, rows, more), *others)
+    return output

@@ -126,8 +126,9 @@ def keys_and_values(
 
     given = dict(batch)
     if rotates(model) and "position_ids" not in given:
-        ids = given["input_ids"]
-        given["position_ids"] = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
+        rows, length = given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2]
+        positions = torch.arange(first, first + length, device=next(model.parameters()).device)
+        given["position_ids"] = positions.expand(rows, -1)
     with observed_attention(observe):
         model(**given, **without_cache(model))
     return found

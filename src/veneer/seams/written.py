@@ -78,7 +78,7 @@ class Widening(TorchFunctionMode):
             attn_mask = call.widened(attn_mask)
             args = (args[0], False, *args[2:]) if positional else args
             kwargs = kwargs if positional else {**kwargs, "is_causal": False}
-            key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+            key, value = _joined(keys, key), _joined(values, value)
         output: Tensor = func(query, key, value, attn_mask, *args, **kwargs)
         return output
 
@@ -146,6 +146,12 @@ class Widening(TorchFunctionMode):
     def _mark(self, scores: Tensor) -> Tensor:
         self.wide[id(scores)] = scores  # kept alive, so that no other tensor gets its id
         return scores
+
+
+def _joined(front: Tensor, own: Tensor) -> Tensor:
+    """One in front of the other; code may repeat the heads that queries share in one call and not in the next."""
+    heads = max(front.shape[1], own.shape[1])
+    return torch.cat([x.repeat_interleave(heads // x.shape[1], 1) for x in (front, own)], dim=2)
 
 
 def _operands(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
 """Training an adapter with transformers' own Trainer.
 
 Nothing here loops over batches: the Trainer does, and with it come gradient accumulation, schedules and devices. What
-is ours is the recipe, the examples, and the optimizer, whose groups the adapter knows best (some methods want another
-learning rate for one of their weights). The base stays in its own precision and the adapter in float32; there is no
-autocast, because the adapter casts where it must.
+is ours is the recipe, the examples, the optimizer, whose groups the adapter knows best (some methods want another
+learning rate for one of their weights), and what a method adds to the loss or does after a step. The base stays in its
+own precision and the adapter in float32; there is no autocast, because the adapter casts where it must.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from veneer import Adapter
 from veneer.train.batch import Collator
@@ -60,7 +68,7 @@ def fit(
             data_collator=collator,
             train_dataset=list(rows),
             optimizers=(optimizer, None),
-            callbacks=[watch],
+            callbacks=[_Schedule(adapter), watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -83,6 +91,18 @@ class _Trainer(Trainer):
         loss: Tensor = found[0] if isinstance(found, tuple) else found
         loss = loss + term.to(loss.device, loss.dtype)
         return (loss, *found[1:]) if isinstance(found, tuple) else loss
+
+
+class _Schedule(TrainerCallback):
+    """Tells the adapter's methods of each step while its gradients are still there."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.adapter.after_step(state.global_step + 1)
 
 
 def _arguments(recipe: Recipe, scratch: str) -> TrainingArguments:

@@ -12,18 +12,35 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, prompt, trainable_tokens, vera
+from veneer.interop.peft import (
+    adalora,
+    hira,
+    ia3,
+    ln_tuning,
+    lora,
+    miss,
+    oft,
+    prefix,
+    prompt,
+    shira,
+    trainable_tokens,
+    vera,
+)
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
 KINDS: dict[str, Kind] = {
+    "ADALORA": adalora.KIND,
+    "HIRA": hira.KIND,
     "IA3": ia3.KIND,
     "LN_TUNING": ln_tuning.KIND,
     "LORA": lora,
+    "MISS": miss.KIND,
     "OFT": oft.KIND,
     "PREFIX_TUNING": prefix,
     "PROMPT_TUNING": prompt,
     "P_TUNING": prompt,
+    "SHIRA": shira.KIND,
     "TRAINABLE_TOKENS": trainable_tokens.KIND,
     "VERA": vera.KIND,
 }

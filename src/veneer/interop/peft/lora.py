@@ -1,8 +1,8 @@
 """PEFT's LORA files, which vLLM, SGLang and llama.cpp's converter read too.
 
-PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
-at one place, are written as one pair whose A are put under each other and whose B stand in their own rows and columns,
-zero elsewhere: the same sum, exactly.
+PEFT has one A and B a module. Roles of a fused projection, LoRAs stacked at one place, and a start that is subtracted
+for good are written as one pair whose A are put under each other and whose B stand in their own rows and columns, zero
+elsewhere: the same sum, exactly.
 
 A stack of experts is one of PEFT's `target_parameters`: A [experts·rank, in] has the experts one after the other, B
 [out, rank·experts] the experts of each rank side by side. Where several parameters of one module are adapted, PEFT
@@ -37,14 +37,13 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     for group in groups.values():
         place = group[0].place
         key_a, key_b = _keys(place, groups)
-        pairs = [_pair(claim) for claim in group]
-        A = torch.cat([pair.A.detach() for pair in pairs], dim=place.format.rows)
-        B = _joined(group, pairs) * _peft_factor(place)
+        A = torch.cat([A.detach() for A, _, _, _ in _parts(group)], dim=place.format.rows)
+        B = _joined(group) * _peft_factor(place)
         if _is_stack(place):
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         tensors[key_a], tensors[key_b] = A, B
         if isinstance(group[0].method, DoRA):
-            tensors[_magnitude_key(place)] = pairs[0].get_parameter("m").detach().view(_magnitude_shape(place))
+            tensors[_magnitude_key(place)] = group[0].delta.get_parameter("m").detach().view(_magnitude_shape(place))
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
@@ -60,13 +59,13 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
         A, B = _factors(group[0].place, groups, tensors)
         dim, start = group[0].place.format.rows, 0
         for claim in group:
-            pair = _pair(claim)
-            fill(pair.A, A.narrow(dim, start, pair.rank))
-            columns = B.narrow(dim + 1, start, pair.rank)
-            fill(pair.B, columns.index_select(dim, _rows(claim.place, B)) / _peft_factor(claim.place))
-            start += pair.rank
+            for own_A, own_B, sign, rank in _parts([claim]):
+                fill(own_A, A.narrow(dim, start, rank))
+                columns = B.narrow(dim + 1, start, rank).index_select(dim, _rows(claim.place, B))
+                fill(own_B, columns * (sign / _peft_factor(claim.place)))
+                start += rank
             if isinstance(claim.method, DoRA):
-                fill(pair.get_parameter("m"), tensors[_magnitude_key(claim.place)].flatten())
+                fill(claim.delta.get_parameter("m"), tensors[_magnitude_key(claim.place)].flatten())
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
@@ -157,22 +156,29 @@ def _factors(place: Place, groups: Mapping[str, Any], tensors: dict[str, Tensor]
     return A, B
 
 
-def _joined(group: Sequence[Claim], pairs: Sequence[Pair]) -> Tensor:
-    if len(group) == 1 and group[0].place.spans is None:
-        return pairs[0].B.detach()
+def _parts(group: Sequence[Claim]) -> list[tuple[Tensor, Tensor, float, int]]:
+    """(A, B, sign, rank) of every product; a start that is subtracted is one of its own."""
+    dim = group[0].place.format.rows
+    return [(A, B, sign, A.shape[dim]) for claim in group for A, B, sign in _pair(claim).parts()]
+
+
+def _joined(group: Sequence[Claim]) -> Tensor:
     place, dim = group[0].place, group[0].place.format.rows
+    if len(group) == 1 and place.spans is None:
+        return torch.cat([B.detach() * sign for _, B, sign, _ in _parts(group)], dim=dim + 1)
     shape = place.format.shape(place.owner, place.parameter)[: dim + 1]
-    joined = pairs[0].B.new_zeros(*shape, sum(pair.rank for pair in pairs))
+    joined = _pair(group[0]).B.new_zeros(*shape, sum(rank for *_, rank in _parts(group)))
     start = 0
-    for claim, pair in zip(group, pairs, strict=True):
-        joined.narrow(dim + 1, start, pair.rank).index_copy_(dim, _rows(claim.place, joined), pair.B.detach())
-        start += pair.rank
+    for claim in group:
+        for _, B, sign, rank in _parts([claim]):
+            joined.narrow(dim + 1, start, rank).index_copy_(dim, _rows(claim.place, joined), B.detach() * sign)
+            start += rank
     return joined
 
 
 def _size(group: Sequence[Claim], rslora: bool) -> tuple[int, float]:
     """Rank and alpha that give the group's scale."""
-    rank = sum(_pair(claim).rank for claim in group)
+    rank = sum(rank for *_, rank in _parts(group))
     scale = _pair(group[0]).scale
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     return rank, round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
