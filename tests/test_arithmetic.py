@@ -347,14 +347,21 @@ METHODS = {
     "OFT": veneer.OFT(block_size=8),
     "IA3": veneer.IA3(),
     "LoRA-FA": veneer.LoRAFA(rank=3),
+    "PiSSA": veneer.LoRA(rank=3, init="pissa"),
+    "AdaLoRA": veneer.AdaLoRA(total_steps=9, initial_rank=4, target_rank=2),
+    "HiRA": veneer.HiRA(rank=2),
+    "MiSS": veneer.MiSS(rank=4),
+    "SHiRA": veneer.SHiRA(rank=2),
     "BitFit": veneer.BitFit(),
     "LayerNorm": veneer.LayerNormTuning(),
+    "tokens": veneer.TrainableTokens(tokens=[5, 9, 40]),
     "stacked": (veneer.DoRA(rank=2), veneer.LoRA(rank=2)),
     "LoRA and whole": {"attention": veneer.LoRA(rank=2, bias="lora_only"), "mlp": veneer.FullFineTuning()},
 }
 
 
 NOWHERE = {
+    *(("tokens", base) for base in ("gpt2", "bert")),
     ("IA3", "mixtral"),
     *((kind, base) for kind in ("BitFit", "LoRA and whole") for base in ("llama", "mixtral")),
 }
@@ -419,3 +426,29 @@ def test_a_norm_of_the_base_has_no_change_behind_another():
     perturb(veneer.attach(model, (veneer.LoRA(rank=2), veneer.DoRA(rank=2)), name="a"))
     with pytest.raises(NotMergeable, match=r"model.layers.0.self_attn.q_proj: DoRA measures the base's weight"):
         veneer.to_lora(model, "a", 4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [(veneer.TrainableTokens(tokens=[5, 9, 40]), "embedding"), (veneer.FullFineTuning(), "embedding | head")],
+)
+def test_a_table_that_is_tied_to_a_head_becomes_a_lora_at_each(family, method, where):
+    model, batch = FAMILIES[family].model(), FAMILIES[family].batch()
+    adapter = veneer.attach(model, method, where, name="a")
+    perturb(adapter)
+    assert any(claim.place.tied for claim in adapter.claims)
+    adapted = logits(model, batch)
+    done = veneer.to_lora(model, "a", 64, name="c")
+    assert len(done.errors) > 1
+    with veneer.use(model, "c"):
+        same(logits(model, batch), adapted, rtol=1e-6, atol=1e-6)
+
+
+def test_trained_tokens_add_up():
+    tokens = veneer.TrainableTokens(tokens=[5, 9])
+    model = with_two(one=tokens, two=tokens, where=(None, None))
+    veneer.combine(model, {"a": 0.5, "b": 2.0}, name="c")
+    a, b, c = (change(model, name) for name in "abc")
+    for key in c:
+        same(c[key], 0.5 * a[key] + 2 * b[key])

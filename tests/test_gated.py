@@ -107,7 +107,7 @@ def test_what_the_method_says_of_training_still_holds():
     slow, fast = adapter.parameter_groups(lr=1e-3, lora_plus_ratio=16)
     assert [p.shape[1] for p in fast["params"]] == [2, 2]
     assert len(slow["params"]) == 8
-    with pytest.raises(MethodError, match="The pattern 'nowhere' matches none of LoRA's 2 places"):
+    with pytest.raises(MethodError, match="'nowhere' matches none of LoRA's 2 places"):
         veneer.attach(model, veneer.Gated(veneer.LoRA(rank_pattern={"nowhere": 3})), "attention.q", name="other")
 
 
@@ -171,3 +171,22 @@ def test_what_only_trains_a_prefix_is_folded_inside_its_gate(tmp_path):
     assert not loaded.shared
     same(logits(other, FAMILIES["llama"].batch()), answer)
     same(logits(model, FAMILIES["llama"].batch()), answer)
+
+
+def test_what_a_method_adds_to_the_loss_and_does_after_a_step_goes_through_the_gate():
+    method = veneer.AdaLoRA(initial_rank=4, target_rank=1, total_steps=4, warmup=0, final=1, interval=1)
+    plain, gated = (attach(each, "attention.q") for each in (method, veneer.Gated(method)))
+    for (_, adapter), inner in ((plain, lambda delta: delta), (gated, lambda delta: delta.inner)):
+        for claim in adapter.claims:
+            torch.manual_seed(0)
+            for parameter in inner(claim.delta).parameters():
+                torch.nn.init.normal_(parameter)
+                parameter.grad = torch.ones_like(parameter)
+        assert adapter.regularization() > 0
+    same(plain[1].regularization(), gated[1].regularization())
+    for _, adapter in (plain, gated):
+        adapter.after_step(3)
+    states = [list(claim.delta.state_dict().values()) for claim in plain[1].claims]
+    inside = [list(claim.delta.inner.state_dict().values()) for claim in gated[1].claims]
+    for one, other in zip(states, inside, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

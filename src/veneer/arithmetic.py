@@ -77,7 +77,8 @@ def combine(
     - "svd": the best approximation of the sum as LoRAs of `rank`; also for other methods that can be merged.
     - "ties" (Yadav et al., "TIES-Merging", NeurIPS 2023, arXiv:2306.01708): of each change keep the `density` of the
       entries that are largest, elect a sign for each entry, take the mean of those that have it; then as "svd". A
-      common weight is the paper's λ. The paper trims over all places at once, here each place is trimmed alone.
+      common weight is the paper's λ; different ones count in the election too. The paper trims over all places at
+      once, here each place is trimmed alone, so that one is held at a time.
     - "dare" (Yu et al., "Language Models are Super Mario", ICML 2024, arXiv:2311.03099): of each change keep a random
       `density`, by `seed` (0), scaled by 1 / density; add up; then as "svd".
     - "average": the mean of the weights themselves, for methods that act on activations: the same method at the same
@@ -219,7 +220,7 @@ def _sorted_out(chosen: Sequence[Part]) -> tuple[list[_Spot], list[_Spot]]:
     for adapter, weight in chosen:
         mine: dict[str, list[Claim]] = {}
         for one in adapter.claims:
-            if not (one.delta.linear or (one.delta.mergeable and one.method.unit == "weight")):
+            if not (one.delta.linear or (one.delta.mergeable and one.method.unit != "parameter")):
                 raise AdapterError(
                     f"{type(one.method).__name__} at {one.place.path} of '{adapter.name}' changes no weight that could "
                     'add up. Only how="average" combines such methods.'

@@ -76,7 +76,7 @@ def change(place: Place, claims: Sequence[Claim]) -> Change:
     if any(one.method.unit == "parameter" for one in claims):
         stored = _whole(place, [one for one in claims if one.method.unit == "parameter"])
         after = place.format.logical(place.owner, stored)
-    for one in outwards([one for one in claims if one.method.unit == "weight"]):
+    for one in outwards([one for one in claims if one.method.unit != "parameter"]):
         if one.delta.measures and after is not before:
             raise NotMergeable(
                 f"{place.path}: {type(one.method).__name__} measures the base's weight, which another method of this "
@@ -104,6 +104,11 @@ def _whole(place: Place, claims: Sequence[Claim]) -> Tensor:
 
 
 def _merged(one: Claim, weight: Tensor, place: Place) -> Tensor:
+    if one.place.key != place.key:  # a tied weight, which the two may lay out differently
+        theirs = one.place.format
+        stored = place.format.stored(place.owner, weight)
+        merged = one.delta.merge(theirs.logical(one.place.owner, stored))
+        return place.format.logical(place.owner, theirs.stored(one.place.owner, merged))
     if one.place.spans == place.spans:
         return one.delta.merge(weight)
     assert one.place.spans is not None

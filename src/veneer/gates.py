@@ -42,9 +42,6 @@ class Gate(Delta):
         vars(twin)["_modules"] = {"inner": inner}
         return twin
 
-    def regularization(self) -> Tensor | None:
-        return self.inner.regularization()
-
 
 class GatedAfter(Gate, After):
     """y + sigmoid(w·h + b)·(inner(x, y) - y); h is y where that is what the inner delta reads."""

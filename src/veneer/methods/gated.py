@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pydantic import InstanceOf
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.delta import Delta, Method, Place
 from veneer.gates import Gate, gated
@@ -56,6 +56,9 @@ class Gated(Method):
     def build(self, place: Place) -> Delta:
         return gated(self.method.build(place), place)
 
+    def select(self, places: Sequence[Place]) -> Sequence[Place]:
+        return self.method.select(places)
+
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         return self.method.share(places)
 
@@ -63,6 +66,9 @@ class Gated(Method):
         assert isinstance(delta, Gate)
         method, inner = self.method.folded(delta.inner)
         return (self, delta) if inner is delta.inner else (Gated(method), delta.around(inner))
+
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        return self.method.penalty([delta.inner for delta in deltas if isinstance(delta, Gate)])
 
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         self.method.after_step([delta.inner for delta in deltas if isinstance(delta, Gate)], step)

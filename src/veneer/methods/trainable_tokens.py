@@ -20,6 +20,7 @@ class _Rows(After):
 
     mergeable = True
     additive = True
+    linear = True
     tokens: Tensor
     slots: Tensor
     original: Tensor
