@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import veneer
 
 METHODS = {
+    "DoRA": veneer.DoRA(rank=4),
     "LoRA": veneer.LoRA(rank=4),
+    "VeRA": veneer.VeRA(rank=4),
     "FullFineTuning": veneer.FullFineTuning(),
     "Before": InputScale(),
     "Input": EmbeddingShift(),
