@@ -62,7 +62,7 @@ def options(method: type, defaults: str) -> tuple[list[tuple[str, str, str, str]
 
 def type_name(hint: object) -> str:
     """The type as one would write it: no module names, and no bounds from Annotated."""
-    return hint.__name__ if type(hint) is type else re.sub(r"(?<!')\b(?:[a-z_]+\.)+(?=\w)", "", str(hint))
+    return hint.__name__ if isinstance(hint, type) else re.sub(r"(?<!')\b(?:[a-z_]+\.)+(?=\w)", "", str(hint))
 
 
 def default(field: "dataclasses.Field[object]") -> str:

@@ -51,12 +51,12 @@ def folder(good, tmp_path):
 
 
 def refused(folder, kind, *words, model=None, name="default"):
-    """Loading raises exactly `kind`, with these words, and leaves the model as it was."""
+    """Loading raises exactly `kind` (None: any FileError), with these words, and leaves the model as it was."""
     model = model or FAMILIES["llama"].model()
     before = snapshot(model)
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind or errors.FileError) as caught:
         veneer.load(model, folder, name=name)
-    assert type(caught.value) is kind
+    assert kind in (None, type(caught.value))
     for word in words:
         assert word in str(caught.value), str(caught.value)
     assert snapshot(model) == before
@@ -290,12 +290,7 @@ def test_json_that_is_none(folder, name, content):
     if name == CONFIG:
         (folder / RECIPE).unlink()
     (folder / name).write_bytes(content)
-    model = FAMILIES["llama"].model()
-    before = snapshot(model)
-    with pytest.raises(errors.FileError) as caught:
-        veneer.load(model, folder)
-    assert str(folder / name) in str(caught.value)
-    assert snapshot(model) == before
+    refused(folder, None, str(folder / name))
 
 
 @pytest.mark.parametrize("name", [RECIPE, CONFIG, TENSORS])
@@ -304,12 +299,7 @@ def test_folder_where_a_file_belongs(folder, name):
         (folder / RECIPE).unlink()
     (folder / name).unlink()
     (folder / name).mkdir()
-    model = FAMILIES["llama"].model()
-    before = snapshot(model)
-    with pytest.raises(errors.FileError) as caught:
-        veneer.load(model, folder)
-    assert str(folder / name) in str(caught.value)
-    assert snapshot(model) == before
+    refused(folder, None, str(folder / name))
 
 
 # Folders that are no adapter, names that are no name

@@ -13,14 +13,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import veneer
 from veneer import demo
-from veneer.errors import VeneerError
+from veneer.errors import TemplateError, VeneerError
 from veneer.samples import smollm2, verses, whole
 from veneer.samples.verses import Verse
 from veneer.train import (
     Collator,
     Example,
     Recipe,
-    TemplateError,
     answer_logits,
     chrf,
     encode,
@@ -256,6 +255,23 @@ def test_the_optimizer_takes_the_adapters_own_groups(tokenizer, monkeypatch):
     assert all(not parameter.any() for key, parameter in adapter.named_parameters() if key.endswith("B"))
 
 
+@pytest.mark.parametrize("strength", [0.0, 100.0])
+def test_training_adds_what_the_methods_add_to_the_loss(tokenizer, strength):
+    model = tiny(tokenizer)
+    for name in ("one", "two"):
+        veneer.attach(model, veneer.BottleneckAdapter(width=4), name=name)
+    fusion = veneer.fuse(model, ["one", "two"], method=veneer.AdapterFusion(regularization=strength))
+    values = [p for key, p in fusion.named_parameters() if key.endswith("value")]
+    for value in values:  # the parts add nothing yet, so only the term can move V
+        value.data.add_(0.1)
+    rows = [encode(tokenizer, example) for example in EXAMPLES * 8]
+    recipe = Recipe(steps=5, batch_size=4, learning_rate=0.01)
+    history = fit(model, fusion, rows, Collator.of(model, tokenizer), recipe)
+    distance = sum((value - torch.eye(32)).pow(2).sum().item() for value in values)
+    assert distance == pytest.approx(2 * 32 * 32 * 0.01) if strength == 0 else distance < 2 * 32 * 32 * 0.01 * 0.95
+    assert (history.training[0][1] > 1000) == (strength > 0)
+
+
 def test_speed_counts_the_tokens_without_padding_and_the_time_without_probes(tokenizer, monkeypatch):
     now = iter(range(10_000))
     monkeypatch.setattr("veneer.train.progress.time.perf_counter", lambda: float(next(now)))
@@ -398,3 +414,22 @@ def test_what_the_demo_saves_can_be_used_again(little, tokenizer):
     assert [name for name in merged.state_dict() if "adapters" in name] == []
     assert judge.loss(merged) == pytest.approx(report.held_out_loss_after, rel=0.02)
     assert math.isfinite(report.chrf_after)
+
+
+def test_training_adds_the_adapters_term_and_runs_its_schedule(tokenizer):
+    """AdaLoRA ends with its target of triplets, and its P and Q are nearer to orthogonal than without the term."""
+    ends = []
+    for orthogonality in (0.0, 10.0):
+        model = tiny(tokenizer)
+        method = veneer.AdaLoRA(
+            total_steps=12, initial_rank=4, target_rank=2, warmup=2, final=3, orthogonality=orthogonality
+        )
+        adapter = veneer.attach(model, method, where="attention.q | attention.v")
+        rows = [encode(tokenizer, example) for example in EXAMPLES]
+        recipe = Recipe(steps=12, batch_size=2, learning_rate=0.02, warmup_steps=0)
+        history = fit(model, adapter, rows, Collator.of(model, tokenizer), recipe, console=Console(file=io.StringIO()))
+        assert sum(int((claim.delta.E != 0).sum()) for claim in adapter.claims) == 2 * len(adapter.claims)
+        off = [claim.delta.A @ claim.delta.A.T - torch.eye(4) for claim in adapter.claims]
+        ends.append(sum(matrix.norm().item() for matrix in off))
+        assert all(math.isfinite(loss) for _, loss in history.training)
+    assert ends[1] < 0.8 * ends[0]

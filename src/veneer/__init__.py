@@ -9,34 +9,116 @@ Importing this package imports neither transformers nor a quantizer.
 
 __version__ = "0.1.0.dev0"
 
-from veneer.adapter import attach, check
-from veneer.counting import ParameterCount, count_parameters
-from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
-from veneer.errors import VeneerError
-from veneer.handle import Adapter, adapters
-from veneer.merging import detach, merge, unmerge
-from veneer.methods import IA3, OFT, BitFit, DoRA, FullFineTuning, LayerNormTuning, LoRA, LoRAFA, TrainableTokens, VeRA
-from veneer.routing import activate, use
-from veneer.store import load, save
+from veneer.adapter import (
+    attach,
+    check,
+)
+from veneer.arithmetic import (
+    Computed,
+    combine,
+    to_lora,
+)
+from veneer.calibration import (
+    calibrate,
+)
+from veneer.counting import (
+    ParameterCount,
+    count_parameters,
+)
+from veneer.delta import (
+    After,
+    Before,
+    Delta,
+    Input,
+    KeyValue,
+    Method,
+    Place,
+    Weight,
+)
+from veneer.errors import (
+    VeneerError,
+)
+from veneer.fusing import (
+    fuse,
+)
+from veneer.handle import (
+    Adapter,
+    adapters,
+)
+from veneer.merging import (
+    detach,
+    merge,
+    unmerge,
+)
+from veneer.methods import (
+    IA3,
+    OFT,
+    AdaLoRA,
+    AdapterFusion,
+    BitFit,
+    BottleneckAdapter,
+    Compacter,
+    DoRA,
+    FullFineTuning,
+    Gated,
+    HiRA,
+    InvertibleAdapter,
+    LayerNormTuning,
+    LLaMAAdapter,
+    LoRA,
+    LoRAFA,
+    MiSS,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    SHiRA,
+    TrainableTokens,
+    VeRA,
+)
+from veneer.routing import (
+    activate,
+    use,
+)
+from veneer.starts import (
+    start_prefix,
+)
+from veneer.store import (
+    load,
+    save,
+)
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
+    "AdapterFusion",
     "After",
     "Before",
     "BitFit",
+    "BottleneckAdapter",
+    "Compacter",
+    "Computed",
     "Delta",
     "DoRA",
     "FullFineTuning",
+    "Gated",
+    "HiRA",
     "IA3",
     "Input",
+    "InvertibleAdapter",
     "KeyValue",
+    "LLaMAAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
     "Method",
+    "MiSS",
     "OFT",
+    "PTuning",
     "ParameterCount",
     "Place",
+    "PrefixTuning",
+    "PromptTuning",
+    "SHiRA",
     "TrainableTokens",
     "VeRA",
     "VeneerError",
@@ -44,12 +126,17 @@ __all__ = [
     "activate",
     "adapters",
     "attach",
+    "calibrate",
     "check",
+    "combine",
     "count_parameters",
     "detach",
+    "fuse",
     "load",
     "merge",
     "save",
+    "start_prefix",
+    "to_lora",
     "unmerge",
     "use",
 ]

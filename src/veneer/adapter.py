@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import places, site
-from veneer.delta import Before, Method, Place
+from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
 from veneer.methods import FullFineTuning
@@ -80,18 +80,30 @@ def _below(model: nn.Module, module: str) -> str:
     return rf"re:{pattern}\..*"
 
 
-def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None) -> list[Claim]:
-    """One method's deltas at these places, in the adapter's dtype; errors name the place."""
+def build(
+    method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None, filled: bool = False
+) -> list[Claim]:
+    """One method's deltas at these places, in the adapter's dtype; errors name the place.
+
+    `filled` says that a file's tensors come next.
+    """
     claims = []
     shared = method.share(found)
     if shared is not None and dtype is not None:
         shared.to(dtype)
     for place in found:
-        place = dataclasses.replace(place, shared=shared)
+        place = dataclasses.replace(place, shared=shared, filled=filled)
         try:
             if method.unit in ("weight", "table"):
                 place = dataclasses.replace(place, map=place.format.map(place.reader))
             delta = method.build(place)
+            if place.unit == "weight" and place.functional and not isinstance(delta, Weight):
+                raise MethodError(
+                    "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
+                    "of `where`, or use a method with a weight form such as LoRA."
+                )
+            if delta.reads not in ("", *place.sources):
+                raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
             if place.spans is not None and isinstance(delta, Before):
                 raise MethodError("the other roles of this fused projection read the same input. Name the whole layer.")
         except MethodError as error:
@@ -214,7 +226,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     acting = {name for row in state.routes.rows or (state.routes.active,) for name in row} - set(state.routes.merged)
     active = [adapter for adapter in state.adapters.values() if adapter.name in acting]
     ran: set[int] = set()
-    watched = [one for adapter in active for one in adapter.claims]
+    watched = [one for adapter in active for one in adapter.claims if one.place.path not in state.routes.dropped]
     hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]
     try:
         with torch.no_grad():

@@ -29,7 +29,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from veneer.errors import MethodError
+from veneer.errors import MethodError, UnreadableModel
 from veneer.patterns import matcher
 
 if TYPE_CHECKING:
@@ -59,11 +59,15 @@ class Place:
     `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
     `tied` are the other places that read the very same parameter and get the very same delta.
 
-    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys;
-    of a sublayer (its width,). `layer` is the number of the block it lies in, -1 outside the blocks.
+    `shape` is the weight's logical shape [out, in, *kernel], of a stack of matrices [experts, out, in]; of an attention
+    it is (heads, width of a key, width of a value) of its keys; of a sublayer (its width,). `layer` is the number of
+    the block it lies in, -1 outside the blocks.
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
-    where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
+    where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
+    `shared` is what `Method.share` made for all its places. `turn` is how an attention moves keys to another position,
+    if at all, and `projections` holds the weights that make its keys ("k") and values ("v"), where each is made by one.
+    `filled` says that a file's tensors will replace those of the delta, so that a costly start can be left out.
     """
 
     path: str
@@ -82,7 +86,11 @@ class Place:
     layer: int = -1
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    norm: nn.Module | None = None
     shared: nn.Module | None = None
+    turn: Callable[[Tensor, int], Tensor] | None = None
+    filled: bool = False
+    projections: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -106,8 +114,17 @@ class Place:
     @property
     def bias(self) -> str:
         """Path of the bias beside the weight, or the empty string."""
-        name = self.parameter.replace("weight", "bias")
+        name = self.format.bias(self.parameter)
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
+
+    def turned(self, keys: Tensor, by: int) -> Tensor:
+        """Keys [kv_heads, length, width] of this attention as they are `by` positions further on.
+
+        Raises UnreadableModel where keys are not rotated by their position.
+        """
+        if self.turn is None:
+            raise UnreadableModel(f"{self.path} has no keys that could be turned.")
+        return self.turn(keys, by)
 
     def matches(self, pattern: str) -> bool:
         """Whether a glob or `re:` regex names this place or the module it lies in."""
@@ -121,12 +138,16 @@ class Place:
     def restricted(self, spans: tuple[Span, ...], label: str) -> Place:
         """This place, for only these output rows of its weight; `label` tells it from its siblings."""
         rows = sum(stop - start for start, stop in spans)
-        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=(rows, *self.shape[1:]))
+        dim = self.format.rows
+        shape = (*self.shape[:dim], rows, *self.shape[dim + 1 :])
+        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=shape)
 
     def read(self) -> Tensor:
-        """The weight as a dense tensor in its logical shape [out, in, ...]; only the rows of `spans`."""
+        """The weight as a dense tensor in its logical shape; only the rows of `spans`."""
         dense = self.format.read(self.owner, self.parameter)
-        return dense if self.spans is None else dense[row_index(self.spans, dense.device)]
+        if self.spans is None:
+            return dense
+        return dense.index_select(self.format.rows, row_index(self.spans, dense.device))
 
     def product(self) -> Product:
         """What multiplies activations by the base weight at every call, however the weight is stored."""
@@ -142,7 +163,7 @@ class Place:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
             dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
-            weight = dense.index_copy(0, row_index(self.spans, dense.device), weight)
+            weight = dense.index_copy(self.format.rows, row_index(self.spans, dense.device), weight)
         self.format.write(self.owner, self.parameter, weight)
 
 
@@ -158,14 +179,14 @@ class Product:
 
     def bias(self) -> Tensor | None:
         """The bias beside the weight (its rows) as this forward reads it, or None."""
-        owner, name = self.place.owner, self.place.parameter.replace("weight", "bias")
+        owner, name = self.place.owner, self.place.format.bias(self.place.parameter)
         bias = owner.__dict__.get(name, owner._parameters.get(name))
         return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
 def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
     """The row numbers that `spans` mean, in order."""
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+    return torch.tensor([row for start, stop in spans for row in range(start, stop)], device=device)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -176,19 +197,26 @@ def compute_dtype(stored: torch.dtype) -> torch.dtype:
 class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
-    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `measures`
-    that the delta looks at the base's weight, which must then stay as it is. `fast` names the parameters that LoRA+
-    trains at a larger rate. `still` names parameters (or the modules that hold them) that are saved with the adapter
-    and never trained; persistent buffers are saved too. `reads` names the source of the place that `x` is taken from;
-    empty means the module's first argument.
+    `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `linear`
+    that its effect is linear in how far its parameters are from their start, which is always the same, so that several
+    trained ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then
+    stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
+    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
+    names the source of the place that `x` is taken from; empty means the module's first argument.
+
+    A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
+    is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
+    act or be saved.
     """
 
     mergeable: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     measures: ClassVar[bool] = False
     fast: ClassVar[frozenset[str]] = frozenset()
     still: ClassVar[frozenset[str]] = frozenset()
     reads: str = ""
+    waits: Literal["", "inputs", "weight"] = ""
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of this name is trained."""
@@ -201,6 +229,15 @@ class Delta(nn.Module, ABC):
     def regularization(self) -> Tensor | None:
         """A term that training adds to the loss, or None."""
         return None
+
+    def observe(self, x: Tensor) -> None:
+        """See what this delta waits for."""
+
+    def settle(self) -> None:
+        """Start from what was observed; AdapterError where that is too little."""
+
+    def verify(self) -> None:
+        """Raise MethodError where tensors that were read from a file cannot be this delta's, whatever their shapes."""
 
     def merge(self, weight: Tensor) -> Tensor:
         """The base weight (logical shape) with this delta folded in, computed in the dtype of `weight`."""
@@ -230,22 +267,35 @@ class After(Delta):
 class KeyValue(Delta):
     """Attention over k, v [batch, kv_heads, length, head_dim] becomes attention over delta(k, v).
 
-    The delta may put `n` positions in front of both; every query may attend to those.
+    The delta may put `n` positions in front of both; every query of the rows it serves may attend to those. Its own
+    tensors are cast to the dtype and device of k and v.
+
+    Where `apart` is set, delta(k, v) is its own positions alone: every query attends to them apart from the layer's own
+    (a second softmax), and what comes out is added.
     """
+
+    apart: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Input(Delta):
-    """The input embeddings e [batch, length, width] of ids become delta(ids, e), of the same shape."""
+    """The input embeddings e [batch, length, width] of ids become delta(ids, e).
+
+    With `slots` of 0 that has the same shape. Otherwise it has `slots` positions in front of e, which stays as it is;
+    every token may attend to those, and ids is None where the model was given embeddings. The place then has the
+    source "stack".
+    """
+
+    slots: int = 0
 
     @abstractmethod
-    def forward(self, ids: Tensor, embeddings: Tensor) -> Tensor: ...
+    def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor: ...
 
 
 class Weight(Delta):
-    """Where a parameter w is read, delta(w) is read instead; the stored w stays as it is."""
+    """Where a parameter w (in its logical shape) is read, delta(w) is read instead; the stored w stays as it is."""
 
     @abstractmethod
     def forward(self, w: Tensor) -> Tensor: ...
@@ -292,11 +342,20 @@ class Method(ABC):
         """One module for all the places together, registered, counted and saved once; `place.shared` at build."""
         return None
 
+    def penalty(self, deltas: Sequence[Delta]) -> Tensor | None:
+        """What training adds to the loss for this method's deltas: the sum of their own terms, unless it says else."""
+        terms = [term for delta in deltas if (term := delta.regularization()) is not None]
+        return torch.stack(terms).sum() if terms else None
+
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         """Called by training after optimizer step number `step`, from 1, with this method's deltas."""
 
     def check(self, places: Sequence[Place]) -> None:
         """Raise MethodError where an option does not fit, or would change nothing at, all the places together."""
+
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        """What is saved in place of this method and its delta, and computes the same, without what only trains it."""
+        return self, delta
 
     def companions(self, places: Sequence[Place]) -> Iterable[tuple[str, Method]]:
         """Further (where, method) pairs that belong to this one, such as biases trained beside LoRA."""

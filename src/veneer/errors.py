@@ -14,6 +14,7 @@ VeneerError
 │   ├── CorruptFile        truncated, garbled, or not what its name says
 │   ├── UnsafeFile         loading it could run code
 │   └── WrongModel         the file was made for another model
+├── TemplateError          a chat template shows no boundary between prompt and answer
 └── MissingSample          a sample model or data set is not installed
 
 Each message is one sentence or two: what, where (module path or file), what was seen, what to do.
@@ -79,6 +80,10 @@ class UnsafeFile(FileError):
 
 class WrongModel(FileError):
     """An adapter's file does not fit the model it is loaded on."""
+
+
+class TemplateError(VeneerError, ValueError):
+    """A chat template gives no sure boundary between prompt and answer."""
 
 
 class MissingSample(VeneerError):

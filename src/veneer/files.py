@@ -81,8 +81,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is truncated or no safetensors file ({error}). Copy it again from its source."
         ) from None
     for key, tensor in tensors.items():
-        if tensor.dtype not in TRAINABLE:
-            raise CorruptFile(f"{path}: {key} is stored as {tensor.dtype}; an adapter's tensors are floating point.")
+        if tensor.dtype not in {*TRAINABLE, torch.int32, torch.int64}:
+            raise CorruptFile(f"{path}: {key} is stored as {tensor.dtype}; an adapter's tensors are floats or indices.")
         if not torch.isfinite(tensor).all():
             raise CorruptFile(
                 f"{path}: {key} holds NaN or infinite numbers; its training diverged. Use an earlier save."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,17 +85,32 @@ class Adapter:
         return {key: tensor.detach() for key, tensor in self.named_tensors()}
 
     def regularization(self) -> Tensor | None:
-        """The sum of the terms that its deltas add to the loss; None where there is none."""
-        terms = [term for claim in self.claims if (term := claim.delta.regularization()) is not None]
+        """The sum of the terms that its methods add to the loss; None where there is none."""
+        found = [method.penalty(deltas) for method, deltas in self._by_method()]
+        terms = [term for term in found if term is not None]
         return torch.stack(terms).sum() if terms else None
 
     def after_step(self, step: int) -> None:
         """Tell its methods that optimizer step number `step`, from 1, is done: schedules act here."""
-        groups: dict[int, list[Claim]] = {}
+        for method, deltas in self._by_method():
+            method.after_step(deltas, step)
+
+    def _by_method(self) -> list[tuple[Method, list[Delta]]]:
+        groups: dict[int, tuple[Method, list[Delta]]] = {}
         for claim in self.claims:
-            groups.setdefault(id(claim.method), []).append(claim)
-        for claims in groups.values():
-            claims[0].method.after_step([claim.delta for claim in claims], step)
+            groups.setdefault(id(claim.method), (claim.method, []))[1].append(claim.delta)
+        return list(groups.values())
+
+    def folded(self) -> Adapter:
+        """This adapter in the form in which it is saved: what only training needs is folded away."""
+        claims = [(claim, *claim.method.folded(claim.delta)) for claim in self.claims]
+        if all(claim.delta is delta for claim, _, delta in claims):
+            return self
+        plain = [
+            claim if claim.delta is delta else Claim(claim.where, method, replace(claim.place, shared=None), delta)
+            for claim, method, delta in claims
+        ]
+        return Adapter(self.name, self.model, plain, self.also_train)
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -145,8 +161,17 @@ class Adapter:
         lines.append(f"  {count_parameters(self.model)}; {frozen} other tensors are frozen until detach")
         if self.name in state.routes.merged:
             lines.append("  merged into the base's weights")
+        dropped = sum(one.place.path in state.routes.dropped for one in self.claims)
+        if dropped:
+            lines.append(f"  nothing acts at {dropped} of its places (drop_layers)")
         lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
         return "\n".join(lines)
+
+
+def runs(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims in the groups they were built in: neighbours with one `where`, one method, and one thing they share."""
+    together = itertools.groupby(claims, key=lambda one: (one.where, id(one.method), id(one.place.shared)))
+    return [list(run) for _, run in together]
 
 
 def state_of(model: nn.Module) -> State:

@@ -20,7 +20,7 @@ from veneer.delta import After, Delta, Place, Weight, compute_dtype
 
 
 class Pair(Delta):
-    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s."""
+    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s; for each matrix of a stack."""
 
     mergeable = True
     additive = True
@@ -36,10 +36,20 @@ class Pair(Delta):
         a, b = self.map.factors(place.shape, rank)
         self.A = nn.Parameter(torch.empty(a, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(b, dtype=dtype, device=device))
-        _start(self.A.data, init, self.map.fan_in(place.shape))
+        for matrix in self.map.matrices(self.A.data):
+            _start(matrix, init, self.map.fan_in(place.shape))
+
+    def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
+        """(A, B, sign) of each product whose signed sum, times the scale, is the change."""
+        return ((self.A, self.B, 1.0),)
 
     def merge(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * self.map.product(self.A.to(weight.dtype), self.B.to(weight.dtype))
+        return weight + total(
+            [
+                sign * self.scale * self.map.product(A.to(weight.dtype), B.to(weight.dtype))
+                for A, B, sign in self.parts()
+            ]
+        )
 
 
 class Beside(Pair, After):
@@ -56,8 +66,12 @@ class Beside(Pair, After):
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """The base's answer y with the pair in it; x as dropout left it."""
-        h = self.map.down(x, self.A.to(y.dtype))
-        return y + self.map.up(h * self.scale, self.B.to(y.dtype))
+        return y + total(
+            [
+                self.map.up(self.map.down(x, A.to(y.dtype)) * (sign * self.scale), B.to(y.dtype))
+                for A, B, sign in self.parts()
+            ]
+        )
 
 
 class Inside(Pair, Weight):
@@ -65,6 +79,14 @@ class Inside(Pair, Weight):
 
     def forward(self, w: Tensor) -> Tensor:
         return self.merge(w)
+
+
+def total(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, made before anything is added to it: equal terms of opposite sign leave exactly nothing."""
+    first, *rest = terms
+    for term in rest:
+        first = first + term
+    return first
 
 
 def _start(A: Tensor, init: str, fan_in: int) -> None:

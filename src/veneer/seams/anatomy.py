@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +28,7 @@ from veneer.delta import Span
 from veneer.errors import UnreadableModel
 from veneer.seams import ends, probe
 from veneer.seams.ends import Ends
+from veneer.seams.trace import FUSED_ATTENTION as FUSED
 from veneer.seams.trace import PRODUCTS as MATMULS
 from veneer.seams.trace import Graph, Node, Tracer
 from veneer.seams.transformers import is_pretrained, observed_attention
@@ -66,7 +67,7 @@ class Sublayer:
     registered: bool = False
     """Attends through transformers' registry, where keys and values can be reached."""
     heads: tuple[int, ...] = ()
-    """Key and value heads, width of a key, width of a value, where it is `registered`."""
+    """Key and value heads, width of a key, width of a value, where they can be told."""
     roles: dict[str, list[Part]] = field(default_factory=dict)
     ends: Ends = field(default_factory=Ends)
 
@@ -79,14 +80,18 @@ class Anatomy:
     tables: tuple[str, ...] = ()
     """The embeddings that token ids are looked up in."""
 
-    def layer(self, sublayer: Sublayer) -> int:
-        """The number of the block a sublayer lies in: the innermost that holds sublayers of two kinds."""
-        full = [
-            block
-            for block in sublayer.ends.blocks
-            if len({other.kind for other in self.sublayers if block in other.ends.blocks}) > 1
-        ]
-        last = (full or sublayer.ends.blocks)[-1:]
+    @functools.cached_property
+    def full(self) -> set[str]:
+        """The repeated blocks that hold sublayers of two kinds."""
+        kinds: dict[str, set[str]] = {}
+        for sublayer in self.sublayers:
+            for block in sublayer.ends.blocks:
+                kinds.setdefault(block, set()).add(sublayer.kind)
+        return {block for block, held in kinds.items() if len(held) > 1}
+
+    def layer(self, blocks: Sequence[str]) -> int:
+        """The number of the innermost full block among these around a module, the outermost first; -1 for none."""
+        last = ([block for block in blocks if block in self.full] or blocks)[-1:]
         return int(last[0].rpartition(".")[2]) if last else -1
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
@@ -117,6 +122,25 @@ def read(model: nn.Module) -> Anatomy:
     return _CACHE[model]
 
 
+def layers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """The number of the block that each of these modules lies in, -1 outside the blocks.
+
+    Where the model cannot be read, blocks inside blocks count for nothing.
+    """
+    blocks = set(repeated(model))
+    above = {path: [path[:end] for end in _ends(path) if path[:end] in blocks] for path in paths}
+    try:
+        anatomy = read(model)
+        return {path: anatomy.layer(around) for path, around in above.items()}
+    except UnreadableModel:
+        return {path: Anatomy(()).layer(around[:1]) for path, around in above.items()}
+
+
+def _ends(path: str) -> list[int]:
+    """Where the names in a dotted path end."""
+    return [*(end for end, letter in enumerate(path) if letter == "."), len(path)]
+
+
 def _trace(model: nn.Module) -> Graph:
     try:
         inputs = {name: tensor.to("meta") for name, tensor in probe.inputs(model).items()}
@@ -124,7 +148,7 @@ def _trace(model: nn.Module) -> Graph:
         tracer = Tracer(
             model, {name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs
         )
-        with torch.no_grad(), _at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
+        with torch.no_grad(), at_rest(model), _unpacked(model), observed_attention(tracer.attention), tracer:
             torch.func.functional_call(model, meta, kwargs={**inputs, "use_cache": False} if _caches(model) else inputs)
     except Exception as error:
         raise UnreadableModel(
@@ -169,7 +193,7 @@ def _unpacked(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """Within, the base runs alone: what an adapter adds is no part of the model's anatomy."""
     routes = next((here.routes for _, here in site.sites(model)), site.Routes())
     before = routes.active, routes.rows
@@ -210,7 +234,7 @@ def _sublayers(graph: Graph, blocks: list[str]) -> Anatomy:
     seen: set[tuple[str, str]] = set()
     for add, stream, branch in _residuals(graph):
         sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
-        sublayer.ends = ends.find(graph, graph.nodes[add].module, stream, branch, blocks)
+        sublayer.ends = ends.find(graph, add, stream, branch, blocks)
         key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
         if key not in seen:
             seen.add(key)
@@ -251,13 +275,13 @@ def _residuals(graph: Graph) -> list[tuple[int, int, int]]:
 
 def _split(graph: Graph, stream: int, branch: int) -> list[int]:
     """The two branches of a parallel block, x + attention(x) + mlp(x), where their sum is taken first."""
-    node = graph.nodes[branch]
-    ends = [i for i in node.inputs if graph.reaches(stream, i)]
-    if node.op not in ADDS or len(ends) != 2 or graph.reaches(*ends) or graph.reaches(*ends[::-1]):
+    node = graph.nodes[ends.same(graph, branch)[-1]]
+    parts = [i for i in node.inputs if graph.reaches(stream, i)]
+    if node.op not in ADDS or len(parts) != 2 or graph.reaches(*parts) or graph.reaches(*parts[::-1]):
         return [branch]
-    if not all(any(n.is_weight for n in graph.between(stream, end)) for end in ends):
+    if not all(any(n.is_weight for n in graph.between(stream, part)) for part in parts):
         return [branch]
-    return [part for end in ends for part in _split(graph, stream, end)]
+    return [end for part in parts for end in _split(graph, stream, part)]
 
 
 def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
@@ -267,9 +291,8 @@ def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
         return None
     cross = not (graph.reaches(stream, core.core[1]) or stream == core.core[1])
     sublayer = Sublayer("cross_attention" if cross else "attention", core.module, core.op == "attention")
-    if sublayer.registered:
-        keys, values = (graph.nodes[i].shape for i in core.core[1:])
-        sublayer.heads = (keys[1], keys[3], values[3])
+    if not core.is_weight:
+        sublayer.heads = _heads(sublayer.registered or core.op in FUSED, *(graph.nodes[i].shape for i in core.core))
     if core.is_weight:
         sublayer.roles = _packed(core, graph)
         return sublayer
@@ -279,6 +302,15 @@ def _attention(graph: Graph, stream: int, branch: int) -> Sublayer | None:
     nearest = [node for node in after if not any(graph.reaches(other.index, node.index) for other in after)]
     sublayer.roles["o"] = [Part(node.parameters[0]) for node in nearest]
     return sublayer
+
+
+def _heads(fused: bool, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> tuple[int, ...]:
+    """Heads and widths from the shapes of an attention's operands; a model's own code has keys as columns."""
+    if fused:
+        return (k[1], k[3], v[3])
+    if not len(q) == len(k) == len(v) or len(k) not in (3, 4) or q[-1] != k[-2] or k[-1] != v[-2]:
+        return ()
+    return (k[1] if len(k) == 4 else k[0] // probe.BATCH, k[-2], v[-1])
 
 
 def _written_out(graph: Graph, inside: list[Node]) -> Node | None:

@@ -6,7 +6,7 @@ once, and a module without a site, or whose site has nothing to say, gets what i
 
 Keys in front are seen by every query, so a mask grows by columns that let all through. Where transformers leaves the
 mask out and means "causal", an explicit one must be made: with more keys than queries its scaled-dot-product route
-drops the last keys.
+drops the last keys. Attentions that a model returns or records have the columns of the keys in front, too.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer import site
 from veneer.delta import KeyValue
-from veneer.errors import VeneerError
+from veneer.seams import written
+from veneer.seams.widening import Call
 
 _original: Callable[..., Any] | None = None
 
@@ -51,16 +52,30 @@ def ensure_wrapped(module: nn.Module, args: tuple[Any, ...]) -> None:
     wrap()
 
 
-site.hooks_by_port[KeyValue] = ensure_wrapped
+def hooks(module: nn.Module, here: site.Site) -> list[RemovableHandle]:
+    """The hooks of a module whose keys and values change: through the registry, or in the model's own code."""
+    own = next((b.attends for bindings in here.bindings.values() for b in bindings if b.attends), None)
+    if own is None:
+        return [module.register_forward_pre_hook(ensure_wrapped)]
+    open_: list[written.Widening] = []
+    front = functools.partial(site.key_value, here)
+    return [
+        module.register_forward_pre_hook(functools.partial(written.enter, shape=own, front=front, open_=open_)),
+        module.register_forward_hook(functools.partial(written.leave, open_=open_), always_call=True),
+    ]
+
+
+site.hooks_by_port[KeyValue] = hooks
 
 
 def _get_interface(registry: Any, implementation: Any, default: Any) -> Callable[..., Any]:
     assert _original is not None
-    return functools.partial(_attend, _original(registry, implementation, default))
+    return functools.partial(_attend, _original(registry, implementation, default), implementation)
 
 
 def _attend(
     attend: Callable[..., Any],
+    implementation: str | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -72,30 +87,20 @@ def _attend(
     here = site.of(module)
     if here is None:
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
-    wide_key, wide_value = site.key_value(here, key, value)
+    wide_key, wide_value, seen = site.key_value(here, key, value)
     added = wide_key.shape[2] - key.shape[2]
     if added:
-        attention_mask = _widened(module, query, key, attention_mask, added, kwargs)
+        call = Call(implementation or "eager", module, query, key, added, seen, kwargs)
+        attention_mask = call.widened(attention_mask)
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (added, 0))
-    return attend(module, query, wide_key, wide_value, attention_mask, *args, **kwargs)
-
-
-def _widened(module: Any, query: Tensor, key: Tensor, mask: Any, added: int, kwargs: dict[str, Any]) -> Any:
-    """The mask for `added` more keys in front, which every query sees."""
-    if kwargs.get("cache") is not None:
-        raise VeneerError("Keys in front of a paged cache would be written into it. Use another cache.")
-    if isinstance(mask, Tensor):
-        seen = True if mask.dtype == torch.bool else 0.0 if mask.is_floating_point() else 1
-        return F.pad(mask, (added, 0), value=seen)
-    if mask is not None:
-        raise VeneerError(
-            f"A {type(mask).__name__} mask cannot be widened. "
-            "Load the model with attn_implementation='sdpa' or 'eager'."
-        )
-    causal = kwargs.get("is_causal")
-    causal = module.is_causal if causal is None else causal
-    if causal and query.shape[2] > 1 and module.config._attn_implementation == "sdpa":
-        lower = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        return F.pad(lower, (added, 0), value=True)[None, None]
-    return None
+    output = attend(module, query, wide_key, wide_value, attention_mask, *args, **kwargs)
+    for slots_key, slots_value, rows in site.apart(here, key, value):
+        mine = query if rows is None else query.index_select(0, rows)
+        more = F.scaled_dot_product_attention(
+            mine, slots_key, slots_value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]
+        ).transpose(1, 2)
+        mixed, *others = output
+        more = more.reshape(len(mine), *mixed.shape[1:])
+        output = (mixed + more if rows is None else mixed.index_add(0, rows, more), *others)
+    return output

@@ -4,6 +4,7 @@
   over, because one dropout may serve several sublayers.
 - Its input is what its first weights read: behind the norm in a pre-norm block, the stream itself in a post-norm one.
 - The stream is the other operand of the add.
+- In a post-norm block a norm is all that reads the sum; elsewhere the sum goes on as it is.
 
 Hooks must lie inside the block, because gradient checkpointing recomputes what lies inside and nothing else.
 """
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 from veneer.seams.trace import Graph
 
+_NORMS = {"layer_norm", "rms_norm", "rsqrt"}
 # What returns its input's own numbers, while evaluating.
 _SAME = {"dropout", "to", "contiguous", "view", "reshape", "clone", "type_as", "float"}
 
@@ -27,23 +29,26 @@ K = TypeVar("K")
 class Ends:
     """`output` is (module, item of what it returns or None); `sources` has "input" and "residual" as (module, key).
 
-    `blocks` are the repeated modules that it lies in, the outermost first.
+    `norm` is the module that normalises the sum, empty where the block goes on with the sum itself. `blocks` are
+    the repeated modules that it lies in, the outermost first.
     """
 
     width: int = 0
     blocks: tuple[str, ...] = ()
     output: tuple[str, Key | None] | None = None
     sources: dict[str, tuple[str, Key]] = field(default_factory=dict)
+    norm: str = ""
 
 
-def find(graph: Graph, adding: str, stream: int, branch: int, repeated: list[str]) -> Ends:
-    """The ends of the sublayer between `stream` and `branch`, whose sum the module `adding` takes."""
+def find(graph: Graph, add: int, stream: int, branch: int, repeated: list[str]) -> Ends:
+    """The ends of the sublayer between `stream` and `branch`, whose sum is the node `add`."""
+    adding = graph.nodes[add].module
     returned = _outermost(
         (call.path, key)
-        for same in _same(graph, branch)
+        for alike in same(graph, branch)
         for call in graph.calls
         for key, node in call.outputs.items()
-        if node == same and _inside(call.path, adding) and graph.kinds[call.path] != "Dropout"
+        if node == alike and _inside(call.path, adding) and graph.kinds[call.path] != "Dropout"
     )
     around = sorted((path for path in repeated if returned and _inside(f"{returned[0]}.", path)), key=len)
     block = around[-1] if around else adding
@@ -53,18 +58,30 @@ def find(graph: Graph, adding: str, stream: int, branch: int, repeated: list[str
     found = {
         name: _outermost(
             (call.path, key)
-            for same in _same(graph, node)
+            for alike in same(graph, node)
             for call in graph.calls
             for key, read in call.inputs.items()
-            if read == same and _inside(call.path, block)
+            if read == alike and _inside(call.path, block)
         )
         for name, node in ends.items()
     }
     sources = {name: end for name, end in found.items() if end is not None}
-    return Ends(graph.nodes[branch].shape[-1], tuple(around), returned, sources)
+    return Ends(graph.nodes[branch].shape[-1], tuple(around), returned, sources, _norm(graph, add, block))
 
 
-def _same(graph: Graph, index: int) -> list[int]:
+def _norm(graph: Graph, add: int, block: str) -> str:
+    """The one module of the block that reads the sum, where it is a norm; or the empty string."""
+    readers = [node for node in graph.nodes[add + 1 :] if add in node.inputs]
+    if len(readers) == 1 and readers[0].op in _SAME and readers[0].module == graph.nodes[add].module:
+        return _norm(graph, readers[0].index, block)
+    paths = {node.module for node in readers}
+    path = paths.pop() if len(paths) == 1 else ""
+    given = any(call.path == path and add in call.inputs.values() for call in graph.calls)
+    normal = any(node.module == path and node.op in _NORMS for node in graph.nodes[add + 1 :])
+    return path if given and normal and _inside(path, block) else ""
+
+
+def same(graph: Graph, index: int) -> list[int]:
     """A node and those before it that hold the same numbers."""
     found = [index]
     while graph.nodes[found[-1]].op in _SAME and graph.nodes[found[-1]].inputs:

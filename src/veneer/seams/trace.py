@@ -194,6 +194,8 @@ class Tracer(TorchFunctionMode):
         outputs = list(_tensors(output))
         if name == "__setitem__":
             outputs = [args[0]]
+        if name == "copy_" and self._copied_into_a_part(args[0], inputs[0], inputs[1]):
+            return
         data = [node for node in inputs if not node.parameters or node.is_weight]
         matrices = [node for node in inputs if node.parameters and not node.is_weight and len(node.shape) >= 2]
         parameters = tuple(path for node in matrices for path in node.parameters)
@@ -208,6 +210,21 @@ class Tracer(TorchFunctionMode):
                 Node(0, name, self.stack[-1], (), tuple(dict.fromkeys(node.index for node in inputs)), call=call,
                      parameters=parameters if is_weight or not data else (), is_weight=is_weight, core=core),
             )  # fmt: skip
+
+    def _copied_into_a_part(self, part: Tensor, view: Node, source: Node) -> bool:
+        """Record a copy into a slice of a tensor as a new value of the whole tensor; False where it is no slice."""
+        whole = part._base
+        if whole is None or view.inputs != (self.node(whole).index,) or view.call is None:
+            return False
+        before, take = self.node(whole).index, view.call
+
+        def call(values: dict[int, Tensor]) -> Tensor:
+            new = values[before].clone()
+            take({before: new}).copy_(values[source.index])
+            return new
+
+        self.add(whole, Node(0, "copy_", self.stack[-1], (), (before, source.index), call=call))
+        return True
 
     def _replayable(
         self, func: Callable[..., Any], args: Any, kwargs: Any, position: int | None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ def head(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether an attention of the model hides later tokens."""
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
+
+
 def describe(model: Any) -> dict[str, str]:
     """What an adapter's file says of its base model: class, model type, name or path."""
     described = {"class": type(model).__name__}
@@ -69,6 +75,63 @@ def observed_attention(observe: Observer) -> Iterator[None]:
         yield
     finally:
         AttentionInterface.get_interface = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards each is in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def rotates(model: Any) -> bool:
+    """Whether keys are rotated by their position, which then may be any number, and the model can be told which."""
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "rope_parameters", None) is not None and "position_ids" in _accepted(model)
+
+
+def is_decoder(model: Any) -> bool:
+    """Whether the model is one decoder, which takes a cache, without an encoder."""
+    return is_pretrained(model) and "past_key_values" in _accepted(model) and not model.config.is_encoder_decoder
+
+
+def _accepted(model: Any) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def without_cache(model: Any) -> dict[str, bool]:
+    """The argument that keeps a forward from making a cache, where there is one."""
+    return {"use_cache": False} if "use_cache" in _accepted(model) else {}
+
+
+def keys_and_values(
+    model: Any, attentions: Mapping[str, nn.Module], batch: Mapping[str, Any], first: int
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """The keys and values of one forward at each of the attention modules, call by call.
+
+    `first` is the position of the first token, where a model rotates keys by positions and the batch names none.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in attentions}
+    paths = {module: path for path, module in attentions.items()}
+
+    def observe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, run: Callable[[], Any]) -> Any:
+        if module in paths:
+            found[paths[module]].append((key, value))
+        return run()
+
+    given = dict(batch)
+    if rotates(model) and "position_ids" not in given:
+        rows, length = given["input_ids" if "input_ids" in given else "inputs_embeds"].shape[:2]
+        positions = torch.arange(first, first + length, device=next(model.parameters()).device)
+        given["position_ids"] = positions.expand(rows, -1)
+    with observed_attention(observe):
+        model(**given, **without_cache(model))
+    return found
 
 
 def without_weights(folder: Path) -> nn.Module:

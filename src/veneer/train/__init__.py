@@ -7,7 +7,7 @@ print(held_out_loss(model, others, collator))
 """
 
 from veneer.train.batch import Collator
-from veneer.train.encoding import Encoded, Example, TemplateError, encode, encode_prompt
+from veneer.train.encoding import Encoded, Example, encode, encode_prompt
 from veneer.train.evaluate import answer_logits, chrf, held_out_loss, write
 from veneer.train.fit import Recipe, fit
 from veneer.train.progress import History
@@ -18,7 +18,6 @@ __all__ = [
     "Example",
     "History",
     "Recipe",
-    "TemplateError",
     "answer_logits",
     "chrf",
     "encode",

@@ -14,14 +14,10 @@ from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from veneer.errors import VeneerError
+from veneer.errors import TemplateError
 
 IGNORED = -100
 """The label of a token that adds nothing to the loss."""
-
-
-class TemplateError(VeneerError, ValueError):
-    """A chat template gives no sure boundary between prompt and answer."""
 
 
 class Encoded(TypedDict):

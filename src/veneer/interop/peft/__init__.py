@@ -12,18 +12,40 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import ia3, ln_tuning, lora, oft, trainable_tokens, vera
+from veneer.interop.peft import (
+    adalora,
+    hira,
+    ia3,
+    ln_tuning,
+    lora,
+    miss,
+    oft,
+    prefix,
+    prompt,
+    shira,
+    trainable_tokens,
+    vera,
+)
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
 KINDS: dict[str, Kind] = {
+    "ADALORA": adalora.KIND,
+    "HIRA": hira.KIND,
     "IA3": ia3.KIND,
     "LN_TUNING": ln_tuning.KIND,
     "LORA": lora,
+    "MISS": miss.KIND,
     "OFT": oft.KIND,
+    "PREFIX_TUNING": prefix,
+    "PROMPT_TUNING": prompt,
+    "P_TUNING": prompt,
+    "SHIRA": shira.KIND,
     "TRAINABLE_TOKENS": trainable_tokens.KIND,
     "VERA": vera.KIND,
 }
+ROUNDED = {"PREFIX_TUNING"}
+"""Kinds that hold other numbers than the adapter, equal up to rounding; the adapter's own are saved beside them."""
 
 
 def to_files(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,6 +82,13 @@ def _kind(claims: Sequence[Claim]) -> tuple[str, Kind]:
     raise NotInPEFT(f"PEFT has no file for {', '.join(sorted(method.__name__ for method in methods))} in one adapter")
 
 
-def without_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts."""
-    return {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
+def without_copies(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that count, of those that a file holds.
+
+    With bias="all" PEFT writes a trained module's bias three times; the one under the module's own path counts. Of a
+    prompt only the first `num_virtual_tokens` rows are read.
+    """
+    kept = {key: t for key, t in tensors.items() if ".modules_to_save." not in key and ".original_module." not in key}
+    if config.get("num_transformer_submodules") == 2 and prompt.KEY in kept:
+        kept[prompt.KEY] = kept[prompt.KEY][: config.get("num_virtual_tokens")]
+    return kept

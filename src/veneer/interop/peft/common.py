@@ -132,7 +132,7 @@ def refuse_unsaved(config: dict[str, Any], keys: set[str], file: str) -> None:
 
 def whole_path(key: str) -> str:
     """The path of a parameter trained whole."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
 
 
 @torch.no_grad()

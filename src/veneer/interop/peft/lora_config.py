@@ -9,7 +9,7 @@ from torch import nn
 
 from veneer import places
 from veneer.errors import CorruptFile, FileError, listed
-from veneer.interop.peft.common import PREFIX, Entry, refuse_incomplete, refuse_unsaved, regex, whole_path
+from veneer.interop.peft.common import PREFIX, Entry, names, refuse_incomplete, refuse_unsaved, regex, whole_path
 from veneer.methods import DoRA, FullFineTuning, LoRA
 
 # Options that only say where the adapter came from, or that the resolved places already contain.
@@ -24,18 +24,9 @@ _HARMLESS = {
         "peft_type",
     ),
     *("init_lora_weights", "megatron_core", "qalora_group_size", "fan_in_fan_out", "corda_config", "eva_config"),
-    *(
-        "lora_ga_config",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_dora",
-    ),
-    *("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("lora_ga_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "target_modules", "target_parameters", "modules_to_save", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
 }
 
 
@@ -53,9 +44,12 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
         patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{file} is no config of a LoRA: {error}.") from None
-    modules = _adapted(keys)
+    adapted = _adapted(keys)
+    stacks = _stacks(model, config, adapted, file)
+    modules = {stacks.get(path, path) for path in adapted}
     found = modules | {path.replace(".base_layer.", ".") for path in modules}
-    refuse_incomplete(places.weights(model), config, found, file)
+    named = [path for path, place in places.weights(model).items() if place.format.rows == 0]
+    refuse_incomplete(named, config, found, file)
     lora = _with_patterns(lora, patterns, modules, file)
     refuse_unsaved(config, keys, file)
     entries = [Entry(lora, "target_modules", [(path, None) for path in _paths(model, modules)])]
@@ -82,6 +76,28 @@ def _refuse_foreign(config: dict[str, Any], file: str) -> None:
 def _adapted(keys: set[str]) -> set[str]:
     """The modules that have LoRA tensors, as PEFT paths without the prefix."""
     return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
+
+
+def _stacks(model: nn.Module, config: dict[str, Any], adapted: set[str], file: str) -> dict[str, str]:
+    """Veneer's paths of the parameters that PEFT adapts by name, by PEFT's paths of the wrappers around their module.
+
+    The wrapper of the parameter that is registered last is outermost.
+    """
+    ends = names(config, "target_parameters", file)
+    owners: dict[str, list[str]] = {}
+    for path, place in places.weights(model).items():
+        parameter = f"{place.owner_path}.{place.parameter}"
+        if any(parameter == end or parameter.endswith(f".{end}") for end in ends):
+            owners.setdefault(place.owner_path, []).append(path)
+    found = {
+        owner + ".base_layer" * (len(paths) - 1 - i): path
+        for owner, paths in owners.items()
+        for i, path in enumerate(paths)
+    }
+    lost = [path for wrapper, path in found.items() if wrapper not in adapted]
+    if lost:
+        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
+    return found
 
 
 def _with_patterns(lora: LoRA, patterns: dict[str, dict[str, Any]], modules: set[str], file: str) -> LoRA:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -143,6 +143,20 @@ class Plain(ABC):
 def transposed(adapter: Adapter, kind: type[Method]) -> bool:
     """PEFT's `fan_in_fan_out`."""
     return all(type(c.place.owner).__name__ == "Conv1D" for c in adapter.claims if isinstance(c.method, kind))
+
+
+def refuse_other_layers(place: Place, conv1d: bool = True) -> None:
+    """NotInPEFT where the place is no whole linear layer (or a Conv1D, which PEFT does not have everywhere)."""
+    linear = isinstance(place.owner, nn.Linear) or (conv1d and type(place.owner).__name__ == "Conv1D")
+    if not linear or place.functional or place.spans is not None:
+        raise NotInPEFT(f"PEFT has this kind on whole linear layers only, and {place.path} is none")
+
+
+def refuse_others(config: dict[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
+    """ValueError where a field has none of the values that it may have; the first is the default."""
+    for name, may in values.items():
+        if config.get(name, may[0]) not in may:
+            raise ValueError(f"it has {name}={config[name]!r}, which Veneer does not have")
 
 
 def single(claims: Sequence[Claim], kind: type[Method]) -> Any:
