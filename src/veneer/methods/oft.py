@@ -25,7 +25,7 @@ class _Rotation(Delta):
         self.skew = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2, **place.new))
 
     def rotations(self) -> Tensor:
-        """R [blocks, size, size]; with `terms`, I + 2Q + 2Q² + ..., the last power once: Rᵀ of the exact one, as PEFT."""
+        """R [blocks, size, size]; with `terms`, I + 2Q + 2Q² + ..., the last power once, which is Rᵀ, as in PEFT."""
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.skew.device)
         Q = self.skew.new_zeros(len(self.skew), self.size, self.size)
         Q[:, rows, columns] = self.skew
