@@ -299,6 +299,17 @@ def test_scales_of_a_fused_projection_are_one_tensor(tmp_path):
         close(case.answer(from_veneer(base, tmp_path)), case.answer(ours))
 
 
+def test_three_terms_are_peft_s_four(tmp_path):
+    """PEFT sums I + 2Q + 2Q² + Q³ for three terms as for four."""
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], num_cayley_neumann_terms=3)
+    case = Case("llama", config, veneer.OFT(block_size=8), "q_proj")
+    base = case.base(torch.float64)
+    theirs = peft_model(case, base)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(base)
+    same_everywhere(case, ours, veneer.load(ours, tmp_path), theirs, base)
+
+
 def test_dora_drops_the_same_numbers(tmp_path):
     """With dropout the base's part sees the dropped inputs too, as in PEFT."""
     case = Case(

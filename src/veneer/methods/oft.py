@@ -25,7 +25,7 @@ class _Rotation(Delta):
         self.skew = nn.Parameter(torch.zeros(blocks, size * (size - 1) // 2, **place.new))
 
     def rotations(self) -> Tensor:
-        """R [blocks, size, size]; with `terms`, the first powers of Q of its series, the last at half."""
+        """R [blocks, size, size]; with `terms`, I + 2Q + 2Q² + ..., the last power once, which is Rᵀ, as in PEFT."""
         rows, columns = torch.triu_indices(self.size, self.size, 1, device=self.skew.device)
         Q = self.skew.new_zeros(len(self.skew), self.size, self.size)
         Q[:, rows, columns] = self.skew
@@ -59,7 +59,7 @@ class OFT(Method):
     """Orthogonal fine-tuning: the input of a layer is rotated by trained block-diagonal orthogonal matrices.
 
     Formula:
-        W' = W · Rᵀ, y = base(R · x); R is block-diagonal, R = (I - Q) · (I + Q)⁻¹ by block, Q skew-symmetric.
+        y = base(x · R), W' = W · Rᵀ; R is block-diagonal, R = (I - Q) · (I + Q)⁻¹ by block, Q skew-symmetric.
 
     Shapes:
         skew [in / block_size, block_size · (block_size - 1) / 2], zero at first; one row with block_share.
@@ -67,7 +67,7 @@ class OFT(Method):
     Defaults:
         block_size: width of a block; it divides the width of every input.
         block_share: one block for all of a layer's.
-        num_cayley_neumann_terms: terms of a series in place of the inverse, not quite orthogonal; None inverts.
+        num_cayley_neumann_terms: so many of the series of Rᵀ stand for R, as in PEFT, which is quicker; None inverts.
 
     Cost:
         in · (block_size - 1) / 2 parameters a layer, and block_size products a feature. No cost once merged.
@@ -87,7 +87,7 @@ class OFT(Method):
 
     block_size: Annotated[int, Field(ge=2)] = 32
     block_share: bool = False
-    num_cayley_neumann_terms: Annotated[int, Field(ge=3)] | None = None
+    num_cayley_neumann_terms: Annotated[int, Field(ge=4)] | None = None
 
     def build(self, place: Place) -> Delta:
         if len(place.shape) > 2 or isinstance(place.owner, nn.Embedding):
