@@ -153,7 +153,8 @@ MESSAGES = [
     (
         errors.MethodError,
         lambda folder: veneer.LoRA(init="zeros"),
-        "LoRA(init='zeros'): init should be 'kaiming', 'gaussian' or 'orthogonal'.",
+        "LoRA(init='zeros'): init should be 'kaiming', 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_16', 'olora', "
+        "'loftq' or 'eva'.",
     ),
     (
         errors.MethodError,

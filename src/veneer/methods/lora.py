@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from veneer import pairs
-from veneer.delta import Delta, Method, Place, Unit
+from veneer.delta import Delta, Method, Place
 from veneer.errors import MethodError
 from veneer.lowrank import Beside, Inside
 from veneer.methods.full import FullFineTuning
@@ -70,7 +70,6 @@ class LoRA(Method):
     bias: Literal["none", "lora_only", "all"] = "none"
     rank_pattern: Mapping[str, Rank] = field(default_factory=dict)
     alpha_pattern: Mapping[str, Finite] = field(default_factory=dict)
-    unit: ClassVar[Unit] = "weight"
     beside: ClassVar[type[Beside]] = Beside
     inside: ClassVar[type[Inside]] = Inside
 
@@ -89,7 +88,8 @@ class LoRA(Method):
     def check(self, places: Sequence[Place]) -> None:
         for pattern in (*self.rank_pattern, *self.alpha_pattern):
             if not any(place.matches(pattern) for place in places):
-                raise MethodError(f"'{pattern}' matches none of {type(self).__name__}'s {len(places)} places.")
+                name = type(self).__name__
+                raise MethodError(f"The pattern '{pattern}' matches none of {name}'s {len(places)} places.")
         if self.bias == "lora_only" and not any(place.bias for place in places):
             raise MethodError("bias='lora_only' would train nothing: no adapted layer has a bias. Use bias='none'.")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from veneer.delta import After, Delta, Method, Place, Unit, Weight
+from veneer.delta import After, Delta, Method, Place, Weight
 from veneer.errors import MethodError
 
 
@@ -21,7 +21,7 @@ class _Sparse(Delta):
 
     def __init__(self, place: Place, rank: int, seed: int | None) -> None:
         super().__init__()
-        assert place.map is not None
+        assert place.map
         self.map, self.shape = place.map, place.shape
         out, width = place.shape[0], math.prod(place.shape[1:])
         count = rank * (out + width)
@@ -29,22 +29,21 @@ class _Sparse(Delta):
             raise MethodError("SHiRA does not act on stacks of matrices. Leave this one out, or attach LoRA there.")
         if count > out * width:
             raise MethodError(f"rank={rank} means {count} entries of a weight that has {out * width}. Lower the rank.")
-        self.indices: Tensor
         self.register_buffer("indices", torch.zeros(2, count, dtype=torch.int32, device=place.weight.device))
         if not (place.filled or place.weight.is_meta):
-            generator = torch.default_generator if seed is None else torch.Generator().manual_seed(seed)
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
             chosen = torch.randperm(out * width, generator=generator)[:count].sort().values
-            self.indices.copy_(torch.stack([chosen // width, chosen % width]))
+            self.get_buffer("indices").copy_(torch.stack([chosen // width, chosen % width]))
         self.values = nn.Parameter(torch.zeros(count, **place.new))
 
     def change(self, dtype: torch.dtype) -> Tensor:
         """The sparse change, written out in the shape of the weight."""
         flat = self.values.new_zeros(self.shape[0], math.prod(self.shape[1:]), dtype=dtype)
-        return flat.index_put(tuple(self.indices.long()), self.values.to(dtype)).view(self.shape)
+        return flat.index_put(tuple(self.get_buffer("indices").long()), self.values.to(dtype)).view(self.shape)
 
     def verify(self) -> None:
-        over = self.indices.cpu().amax(1) >= torch.tensor([self.shape[0], math.prod(self.shape[1:])])
-        if over.any() or self.indices.min() < 0:
+        indices = self.get_buffer("indices").cpu()
+        if indices.min() < 0 or indices[0].max() >= self.shape[0] or indices[1].max() >= math.prod(self.shape[1:]):
             raise MethodError(f"has indices outside its weight of shape {self.shape}.")
 
     def merge(self, weight: Tensor) -> Tensor:
@@ -59,8 +58,6 @@ class _Beside(_Sparse, After):
 
 
 class _Inside(_Sparse, Weight):
-    """w + S."""
-
     def forward(self, w: Tensor) -> Tensor:
         return self.merge(w)
 
@@ -86,7 +83,7 @@ class SHiRA(Method):
         W' is stored, rounded once to the dtype of the weight.
 
     Errors:
-        MethodError for a value out of range, or more entries than the weight has.
+        MethodError for a value out of range, a stack of matrices, or more entries than the weight has.
 
     Paper:
         Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv:2406.13175; its random mask.
@@ -97,7 +94,6 @@ class SHiRA(Method):
 
     rank: Annotated[int, Field(ge=1)] = 32
     seed: int | None = None
-    unit: ClassVar[Unit] = "weight"
 
     def build(self, place: Place) -> Delta:
         return (_Inside if place.functional else _Beside)(place, self.rank, self.seed)
