@@ -114,6 +114,7 @@ def test_what_the_method_says_of_training_still_holds():
 REFUSED = [
     (InputScale(), "mlp.down", "changes no output here, which a gate could scale"),
     (LORA, "embedding", "a gate reads vectors, and this layer is given none"),
+    (veneer.LLaMAAdapter(), "attention", "has a gate of its own"),
     (veneer.FullFineTuning(), "*", "changes no output here, which a gate could scale"),
 ]
 

@@ -16,6 +16,8 @@ from veneer.layers import Matrix
 def gated(inner: Delta, place: Place) -> Delta:
     """The delta behind a gate; MethodError where it changes no vectors of tokens."""
     if isinstance(inner, KeyValue):
+        if inner.apart:
+            raise MethodError("what is attended apart has a gate of its own. Use it without another.")
         return GatedKeyValue(inner, place)
     if not isinstance(inner, After):
         raise MethodError("the method inside changes no output here, which a gate could scale. Use it without a gate.")
