@@ -349,7 +349,7 @@ METHODS = {
     "LoRA-FA": veneer.LoRAFA(rank=3),
     "BitFit": veneer.BitFit(),
     "LayerNorm": veneer.LayerNormTuning(),
-    "stacked": (veneer.LoRA(rank=2), veneer.DoRA(rank=2)),
+    "stacked": (veneer.DoRA(rank=2), veneer.LoRA(rank=2)),
     "LoRA and whole": {"attention": veneer.LoRA(rank=2, bias="lora_only"), "mlp": veneer.FullFineTuning()},
 }
 
@@ -412,3 +412,10 @@ def test_experts_add_up_one_by_one():
         s = torch.linalg.svdvals(exact)
         same((d[key] - exact).norm(), s[..., 4:].norm(), rtol=1e-6, atol=1e-7)
         assert svd.errors[claim.place.path] == pytest.approx(float(s[..., 4:].norm() / s.norm()), abs=1e-7)
+
+
+def test_a_norm_of_the_base_has_no_change_behind_another():
+    model = FAMILIES["llama"].model()
+    perturb(veneer.attach(model, (veneer.LoRA(rank=2), veneer.DoRA(rank=2)), name="a"))
+    with pytest.raises(NotMergeable, match=r"model.layers.0.self_attn.q_proj: DoRA measures the base's weight"):
+        veneer.to_lora(model, "a", 4)

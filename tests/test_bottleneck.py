@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAMILIES, SIZES, TOKENS, VOCABULARY, logits, perturb, text
+from tiny import FAMILIES, IDS, SIZES, TOKENS, VOCABULARY, logits, perturb, text
 from transformers import BertConfig, BertForMaskedLM, GPTJConfig, GPTJForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 import veneer
@@ -234,11 +234,28 @@ def test_a_width_and_a_factor_say_the_same_twice():
         veneer.attach(FAMILIES["llama"].model(), veneer.BottleneckAdapter(width=4, reduction_factor=8))
 
 
-def test_weights_stay_float32_and_activations_bfloat16():
+@pytest.mark.parametrize(
+    "method",
+    [
+        veneer.BottleneckAdapter(width=4, placement="after_residual", scaling="channel", norm=True),
+        veneer.Compacter(width=8, placement="parallel"),
+        veneer.AdapterFusion(parts=dict.fromkeys("ab", veneer.BottleneckAdapter(width=4))),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_weights_stay_float32_and_activations_bfloat16(method):
     model = FAMILIES["bert"].model().bfloat16()
-    adapter = attached(model, "after_residual", norm=True)
+    base = logits(model, text())
+    adapter = veneer.attach(model, method)
+    perturb(adapter)
     assert {p.dtype for p in adapter.parameters()} == {torch.float32}
-    assert logits(model, FAMILIES["bert"].batch()).dtype == torch.bfloat16
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = logits(model, text())
+    assert out.dtype == torch.bfloat16
+    assert (out - base).abs().max() > 1e-2
+    wide = [t for t in kept if t.dtype == torch.float32 and t.shape[:2] == (3, 6)]
+    assert all(t.shape[-1] < 4 for t in wide), "activations are kept in float32"
 
 
 @pytest.mark.parametrize("method", [veneer.BottleneckAdapter(width=4), veneer.LoRA(rank=2)], ids=["bottleneck", "lora"])
@@ -373,3 +390,73 @@ def test_where_the_norm_of_the_sum_is():
     assert paths["post"][2:] == ["self_attn_layer_norm", "final_layer_norm"]
     assert paths["pre"] == paths["parallel"] == [""] * 4
     assert paths["bert"][3] == "bert.encoder.layer.1.output.LayerNorm"
+
+
+def test_an_invertible_adapter_is_undone_before_the_head():
+    model = FAMILIES["gpt2"].model()
+    adapter = veneer.attach(model, veneer.InvertibleAdapter())
+    perturb(adapter)
+    embedding, head = adapter.claims[0].delta, adapter.claims[1].delta
+    e = torch.randn(3, 6, 32, dtype=torch.float64)
+    changed = embedding(IDS, e)
+    assert (changed - e).abs().max() > 1e-2
+    torch.testing.assert_close(head(changed), e, rtol=1e-12, atol=1e-12)
+    own = {key.removeprefix("shared.0."): tensor for key, tensor in adapter.state_dict().items()}
+    net = lambda n, z: (  # noqa: E731
+        F.relu(z @ own[f"{n}.down"].T + own[f"{n}.down_bias"]) @ own[f"{n}.up"].T + own[f"{n}.up_bias"]
+    )
+    a, b = e.chunk(2, -1)
+    a = a + net("F", b)
+    torch.testing.assert_close(changed, torch.cat([a, b + net("G", a)], -1), rtol=1e-12, atol=1e-12)
+
+
+def test_an_invertible_adapter_counts_on_bert_base():
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig())
+        model.tie_weights()
+    veneer.attach(model, veneer.InvertibleAdapter())
+    assert veneer.count_parameters(model).trainable == 2 * (2 * 384 * 192 + 192 + 384) == 296_064
+
+
+def test_an_untied_head_is_not_undone():
+    with pytest.raises(veneer.errors.MethodError, match="lm_head is not tied to an embedding here"):
+        veneer.attach(FAMILIES["llama"].model(), veneer.InvertibleAdapter())
+
+
+def test_one_method_stacked_on_itself_shares_twice(tmp_path):
+    model = FAMILIES["llama"].model()
+    method = veneer.Compacter(width=8)
+    perturb(veneer.attach(model, (method, method)))
+    veneer.save(veneer.adapters(model)["default"], tmp_path)
+    fresh = FAMILIES["llama"].model()
+    veneer.load(fresh, tmp_path)
+    assert torch.equal(logits(fresh, text()), logits(model, text()))
+
+
+def test_layers_of_a_plain_model():
+    block = lambda: torch.nn.ModuleDict({"inner": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})  # noqa: E731
+
+    class Plain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([block(), block(), block()])
+            self.last = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            for each in self.blocks:
+                x = each["inner"][0](x)
+            return self.last(x)
+
+    model, x = Plain(), torch.randn(2, 4)
+    adapter = veneer.attach(model, veneer.LoRA(rank=2), "*")
+    perturb(adapter)
+    for key, parameter in adapter.named_parameters():
+        if not key.startswith(("blocks.2", "last")):
+            parameter.data.zero_()
+    expected = model(x)
+    for key, parameter in adapter.named_parameters():
+        if not key.startswith(("blocks.2", "last")):
+            parameter.data.fill_(1.0)
+    with veneer.use(model, adapter, drop_layers=range(2)):
+        torch.testing.assert_close(model(x), expected)
+    assert (model(x) - expected).abs().max() > 1e-3

@@ -72,7 +72,7 @@ COMBINATIONS = {
     "UniPELT": lambda: {
         "attention": veneer.Gated(veneer.PrefixTuning(length=10)),
         "attention.q | attention.v": veneer.Gated(veneer.LoRA(rank=8)),
-        "mlp": veneer.Gated(veneer.BottleneckAdapter(reduction_factor=16, placement="after_residual")),
+        "mlp": veneer.Gated(veneer.BottleneckAdapter(width=4, placement="after_residual", activation="silu")),
     },
 }
 

@@ -349,11 +349,11 @@ def test_name_that_is_taken(folder):
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        (lambda c: c.update(use_dora=True), errors.FileError, ["use_dora"]),
+        (lambda c: c.update(use_qalora=True), errors.FileError, ["use_qalora"]),
         (lambda c: c.update(init_lora_weights="pissa"), errors.FileError, ["init_lora_weights='pissa'"]),
         (lambda c: c.update(init_lora_weights="pissa_niter_16"), errors.FileError, ["pissa_niter_16"]),
         (lambda c: c.update(init_lora_weights="loftq"), errors.FileError, ["loftq"]),
-        (lambda c: c.update(peft_type="IA3"), errors.FileError, ["'IA3'"]),
+        (lambda c: c.update(peft_type="POLY"), errors.FileError, ["'POLY'"]),
         (lambda c: c.pop("peft_type"), errors.FileError, ["None"]),
         (lambda c: c.update(layer_replication=[[0, 2]]), errors.FileError, ["layer_replication"]),
         (lambda c: c.update(trainable_token_indices=[3]), errors.FileError, ["trainable_token_indices"]),
@@ -373,7 +373,7 @@ def test_name_that_is_taken(folder):
         (lambda c: c.update(bias="all", target_modules=["k_proj"]), errors.CorruptFile, ["k_proj"]),
     ],
     ids=[
-        *("dora", "pissa", "pissa-niter", "loftq", "ia3", "no-type", "replication", "tokens", "r-text", "r-true"),
+        *("qalora", "pissa", "pissa-niter", "loftq", "poly", "no-type", "replication", "tokens", "r-text", "r-true"),
         *("no-r", "alpha-list", "dropout-2", "bias-word", "pattern-list", "pattern-text", "pattern-regex"),
         *("targets-regex", "targets-number", "saved-number", "saved-lost", "targets-lost"),
     ],

@@ -159,3 +159,15 @@ def test_a_bad_method_inside_a_recipe_is_named(tmp_path, inside, kind, words):
     (tmp_path / "veneer.json").write_text(json.dumps(recipe))
     with pytest.raises(kind, match=words):
         veneer.load(FAMILIES["llama"].model(), tmp_path)
+
+
+def test_what_only_trains_a_prefix_is_folded_inside_its_gate(tmp_path):
+    model, adapter = attach(veneer.Gated(veneer.PrefixTuning(length=3, reparameterization=True, hidden=5)))
+    answer = logits(model, FAMILIES["llama"].batch())
+    veneer.save(adapter, tmp_path)
+    other = FAMILIES["llama"].model()
+    loaded = veneer.load(other, tmp_path)
+    assert {claim.method for claim in loaded.claims} == {veneer.Gated(veneer.PrefixTuning(length=3))}
+    assert not loaded.shared
+    same(logits(other, FAMILIES["llama"].batch()), answer)
+    same(logits(model, FAMILIES["llama"].batch()), answer)

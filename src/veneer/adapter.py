@@ -89,10 +89,9 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
     for place in found:
         place = dataclasses.replace(place, shared=shared)
         try:
-            mapped = (
-                dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
-            )
-            delta = method.build(mapped)
+            if method.unit in ("weight", "table"):
+                place = dataclasses.replace(place, map=place.format.map(place.reader))
+            delta = method.build(place)
             if place.unit == "weight" and place.functional and not isinstance(delta, Weight):
                 raise MethodError(
                     "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "

@@ -119,8 +119,9 @@ def to_lora(model: nn.Module, adapter: Adapter | str, rank: int, *, name: str = 
     apart = [place.owner_path for place, _ in kept if place.owner_path not in owners]
     bias: Bias = "lora_only" if len(apart) < len(kept) else "none"
     claims, errors = _low_rank(spots, "svd", rank, _mixer("svd", None, None), bias)
+    method = FullFineTuning()
     for place, group in kept:
-        (new,) = build(FullFineTuning(), [place], group[0].where)
+        (new,) = build(method, [place], group[0].where)
         _set(new.delta, "value", whole(place, group))
         claims.append(new)
     return Computed(install(model, name, claims, list(dict.fromkeys(apart))), errors)
@@ -258,6 +259,7 @@ def _low_rank(
     """A LoRA of scale 1 at each spot, and what it leaves out."""
     claims: list[Claim] = []
     errors: dict[str, float] = {}
+    methods: dict[int, LoRA] = {}
     for spot in spots:
         path = spot.place.path
         mixed = mix([(weight, change(spot.place, group)) for weight, group in spot.parts])
@@ -273,7 +275,8 @@ def _low_rank(
                 f"The sum at {path} is exact only for LoRA, and there is {listed(sorted(kinds))}. Use how='svd' with a "
                 "rank."
             )
-        (new,) = build(LoRA(rank=thin.rank, alpha=float(thin.rank), bias=bias), [spot.place], spot.where)
+        method = methods.setdefault(thin.rank, LoRA(rank=thin.rank, alpha=float(thin.rank), bias=bias))
+        (new,) = build(method, [spot.place], spot.where)
         _set(new.delta, "A", thin.A)
         _set(new.delta, "B", thin.B)
         claims.append(new)

@@ -102,6 +102,22 @@ def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:
     return None if parameter is None else parameter.to(like.dtype)
 
 
+class Coupling(nn.Module):
+    """The two halves of a vector change each other in turn, which can be undone exactly."""
+
+    def __init__(self, place: Place, width: int, activation: Activation) -> None:
+        super().__init__()
+        self.F, self.G = Bottleneck(place, width, activation), Bottleneck(place, width, activation)
+
+    def forward(self, e: Tensor, inverse: bool = False) -> Tensor:
+        a, b = e.chunk(2, -1)
+        if inverse:
+            b = b - self.G(a)
+            return torch.cat([a - self.F(b), b], -1)
+        a = a + self.F(b)
+        return torch.cat([a, b + self.G(a)], -1)
+
+
 class Rules(nn.Module):
     """The small matrices A [terms, terms, terms] that all places share; a call gives them."""
 

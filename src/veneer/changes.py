@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.delta import Place, Weight, compute_dtype, row_index
+from veneer.delta import Before, Delta, Place, Weight, compute_dtype, row_index
+from veneer.errors import NotMergeable
 from veneer.handle import Claim
 from veneer.layers import Stack
 from veneer.lowrank import Pair
@@ -52,6 +53,17 @@ def total(changes: Sequence[Change]) -> Change:
     return torch.stack([dense(change) for change in changes]).sum(0)
 
 
+def outwards(claims: Sequence[Claim]) -> list[Claim]:
+    """An adapter's claims from the weight outwards; of those before the layer the last acts next to it."""
+    inner = sorted((one for one in claims if depth(one.delta) < 2), key=lambda one: depth(one.delta))
+    return inner + [one for one in reversed(claims) if depth(one.delta) == 2]
+
+
+def depth(delta: Delta) -> int:
+    """How far from the stored weight a delta acts: where it is read, on what it gives, on what it is given."""
+    return 0 if isinstance(delta, Weight) else 2 if isinstance(delta, Before) else 1
+
+
 @torch.no_grad()
 def change(place: Place, claims: Sequence[Claim]) -> Change:
     """What these claims, all that one adapter has on this weight, change in it together. The place has its map."""
@@ -64,9 +76,13 @@ def change(place: Place, claims: Sequence[Claim]) -> Change:
     if any(one.method.unit == "parameter" for one in claims):
         stored = _whole(place, [one for one in claims if one.method.unit == "parameter"])
         after = place.format.logical(place.owner, stored)
-    for one in sorted(claims, key=lambda one: not isinstance(one.delta, Weight)):  # as a forward does
-        if one.method.unit == "weight":
-            after = _merged(one, after, place)
+    for one in outwards([one for one in claims if one.method.unit == "weight"]):
+        if one.delta.measures and after is not before:
+            raise NotMergeable(
+                f"{place.path}: {type(one.method).__name__} measures the base's weight, which another method of this "
+                "adapter changes first, so that both together are no change of the weight. Keep it attached."
+            )
+        after = _merged(one, after, place)
     return _matrix(place, after - before).to(compute_dtype(place.weight.dtype))
 
 

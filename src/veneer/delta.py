@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from veneer.formats import Format
     from veneer.layers import LinearMap
 
-Unit = Literal["weight", "parameter", "attention", "sublayer", "input"]
+Unit = Literal["weight", "table", "parameter", "attention", "sublayer", "input"]
 Span = tuple[int, int]
 T = TypeVar("T")
 
@@ -195,11 +195,11 @@ class Delta(nn.Module, ABC):
     """What happens at one place. Subclass one of the five ports, not this.
 
     `mergeable` says that `merge` exists; `additive` that it adds the same whatever other deltas stand there; `linear`
-    that its effect is linear in how far its parameters are from their start, which is always the same, so that trained
-    ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then stay as it
-    is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the modules that
-    hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads` names the
-    source of the place that `x` is taken from; empty means the module's first argument.
+    that its effect is linear in how far its parameters are from their start, which is always the same, so that several
+    trained ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then
+    stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
+    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
+    names the source of the place that `x` is taken from; empty means the module's first argument.
     """
 
     mergeable: ClassVar[bool] = False
@@ -289,9 +289,10 @@ def _checkers(method: type) -> dict[str, TypeAdapter[Any]]:
 class Method(ABC):
     """One PEFT method: its options, its checks, and the delta it builds. Subclasses are frozen dataclasses.
 
-    `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections),
-    "parameter" (any parameter), "attention" (keys and values), "sublayer" (a branch beside the residual stream) or
-    "input" (input embeddings). `default_where` is where it goes when the user names nothing.
+    `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections), "table"
+    (an embedding, with all that is tied to it), "parameter" (any parameter), "attention" (keys and values), "sublayer"
+    (a branch beside the residual stream) or "input" (input embeddings). `default_where` is where it goes when the user
+    names nothing.
     """
 
     unit: ClassVar[Unit] = "weight"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +35,12 @@ class Gate(Delta):
 
     def trains(self, name: str) -> bool:
         return not name.startswith("inner.") or self.inner.trains(name.removeprefix("inner."))
+
+    def around(self, inner: Delta) -> Gate:
+        """The same gate on another delta."""
+        twin = copy.copy(self)
+        vars(twin)["_modules"] = {"inner": inner}
+        return twin
 
     def regularization(self) -> Tensor | None:
         return self.inner.regularization()

@@ -165,8 +165,9 @@ class Adapter:
 
 
 def runs(claims: Sequence[Claim]) -> list[list[Claim]]:
-    """Claims in the groups they were built in: neighbours with one `where` and one method."""
-    return [list(run) for _, run in itertools.groupby(claims, key=lambda claim: (claim.where, id(claim.method)))]
+    """Claims in the groups they were built in: neighbours with one `where`, one method, and one thing they share."""
+    together = itertools.groupby(claims, key=lambda one: (one.where, id(one.method), id(one.place.shared)))
+    return [list(run) for _, run in together]
 
 
 def state_of(model: nn.Module) -> State:

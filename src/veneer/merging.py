@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from veneer.adapter import take_off
-from veneer.delta import Before, Delta, Weight, compute_dtype, row_index
+from veneer.changes import depth, outwards
+from veneer.delta import Delta, Weight, compute_dtype, row_index
 from veneer.errors import AdapterError, NotMergeable, listed
-from veneer.handle import Adapter, Claim, handle, in_order, state_of
+from veneer.handle import Adapter, handle, in_order, state_of
 
 
 def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
@@ -66,7 +67,7 @@ def _fold(adapter: Adapter) -> None:
         return True
 
     try:
-        for one in _outwards(adapter):
+        for one in outwards(adapter.claims):
             place = one.place
             if not keep(place.owner, place.parameter) and one.delta.measures:
                 raise NotMergeable(
@@ -87,17 +88,6 @@ def _fold(adapter: Adapter) -> None:
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
-
-
-def _depth(delta: Delta) -> int:
-    """How far from the stored weight a delta acts: where it is read, on what it gives, on what it is given."""
-    return 0 if isinstance(delta, Weight) else 2 if isinstance(delta, Before) else 1
-
-
-def _outwards(adapter: Adapter) -> list[Claim]:
-    """An adapter's claims from the weight outwards; of those before the layer the last acts next to it."""
-    inner = sorted((c for c in adapter.claims if _depth(c.delta) < 2), key=lambda c: _depth(c.delta))
-    return inner + [c for c in reversed(adapter.claims) if _depth(c.delta) == 2]
 
 
 @torch.no_grad()
@@ -164,7 +154,7 @@ def _refuse_between(model: nn.Module, adapter: Adapter) -> None:
             for mine in adapter.claims:
                 if (one.delta.additive and mine.delta.additive) or not one.place.overlaps(mine.place):
                     continue
-                near, far = _depth(one.delta), _depth(mine.delta)
+                near, far = depth(one.delta), depth(mine.delta)
                 if near < far or (near == far and later == (far == 2)):
                     raise AdapterError(
                         f"Adapter '{other.name}' acts between '{adapter.name}' and the weight of {one.place.path}, "

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -117,6 +117,21 @@ def parameters(model: nn.Module) -> dict[str, Place]:
     return found
 
 
+def _shared_tables(model: nn.Module) -> dict[str, Place]:
+    """Every embedding, with all weights that share its parameter; embeddings that share it are one place."""
+    readers: dict[int, list[Place]] = {}
+    for place in weights(model).values():
+        readers.setdefault(id(place.weight), []).append(place)
+    found = {}
+    for group in readers.values():
+        group.sort(key=lambda place: not isinstance(place.owner, nn.Embedding))
+        first, *others = group
+        if isinstance(first.owner, nn.Embedding):
+            whole = dataclasses.replace(first, unit="table", tied=tuple(others))
+            found.update({place.path: whole for place in group})
+    return found
+
+
 def _embeddings(model: nn.Module) -> dict[str, Place]:
     """The token embeddings, each with the modules around it that its positions pass through."""
     tables, blocks = _tables(model), anatomy.repeated(model)
@@ -194,6 +209,7 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
 
 _INVENTORIES: dict[Unit, Callable[[nn.Module], dict[str, Place]]] = {
     "weight": weights,
+    "table": _shared_tables,
     "parameter": parameters,
     "attention": _attentions,
     "sublayer": _sublayers,
@@ -231,7 +247,7 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
         return [place for path, place in inventory.items() if path.startswith(blocks) and _is_matrix(place)]
     if role in ("embedding", "input"):
         tables = _tables(model)[: 1 if role == "input" else None]
-        return [place for place in inventory.values() if place.owner_path in tables]
+        return [place for path, place in inventory.items() if path in tables or place.owner_path in tables]
     if role == "norm":
         return [place for place in inventory.values() if _is_norm(place.owner)]
     if role == "head":
@@ -298,9 +314,12 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
-def layer(model: nn.Module, place: Place) -> int:
-    """The number of the block a place lies in, -1 outside the blocks."""
-    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
+def layers(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
+    """The number of the block that each place lies in, -1 outside the blocks, by the place's path."""
+    places = list(places)
+    inside = anatomy.layers(model, {place.owner_path for place in places})
+    known = ("attention", "sublayer")
+    return {place.path: place.layer if place.unit in known else inside[place.owner_path] for place in places}
 
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
@@ -328,4 +347,4 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
         if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
             raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
-    return _tie(found) if unit == "parameter" else found
+    return _tie(found) if unit == "parameter" else list({place.path: place for place in found}.values())

@@ -64,9 +64,7 @@ def _dropped(model: nn.Module, state: State, acting: Sequence[str], layers: Coll
         raise AdapterError(
             f"Adapter '{merged[0]}' is merged into the weights, so no layer can do without it. Unmerge it."
         )
-    numbers = {
-        claim.place.path: places.layer(model, claim.place) for name in acting for claim in state.adapters[name].claims
-    }
+    numbers = places.layers(model, (claim.place for name in acting for claim in state.adapters[name].claims))
     if missing := sorted(set(layers) - set(numbers.values())):
         there = sorted(set(numbers.values()) - {-1})
         raise AdapterError(f"drop_layers names {missing}, where no acting adapter is. They are in {there}.")

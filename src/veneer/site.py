@@ -195,15 +195,15 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     attends = place.shape if place.unit == "attention" and place.functional else ()
     site.bindings[name].append(
         Binding(
-            path=place.path,
-            owner=next(below, ""),
-            parameter=place.parameter,
-            format=place.format,
-            spans=place.spans,
-            item=place.item,
-            held=held,
-            attends=attends,
-            sources=place.sources,
+            place.path,
+            next(below, ""),
+            place.parameter,
+            place.format,
+            place.spans,
+            place.item,
+            held,
+            attends,
+            place.sources,
         )
     )
     _hook(place.reader, site)

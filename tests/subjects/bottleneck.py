@@ -21,6 +21,12 @@ SUBJECTS = {
         impossible=UNMERGED,
     ),
     "Compacter": Subject(veneer.Compacter(width=8, rank=2), where=EVERYWHERE, impossible=UNMERGED),
+    "InvertibleAdapter": Subject(
+        veneer.InvertibleAdapter(), families=("gpt2", "bert", "t5", "albert"), impossible=UNMERGED
+    ),
+    "InvertibleAdapter-untied": Subject(
+        veneer.InvertibleAdapter(activation="gelu"), families=("llama",), where="embedding", impossible=UNMERGED
+    ),
     "AdapterFusion": Subject(
         veneer.AdapterFusion(
             parts={

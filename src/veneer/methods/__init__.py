@@ -8,6 +8,7 @@ from veneer.methods.full import FullFineTuning
 from veneer.methods.fusion import AdapterFusion
 from veneer.methods.gated import Gated
 from veneer.methods.ia3 import IA3
+from veneer.methods.invertible import InvertibleAdapter
 from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
@@ -15,6 +16,7 @@ from veneer.methods.oft import OFT
 from veneer.methods.prefix import PrefixTuning
 from veneer.methods.prompt import PromptTuning
 from veneer.methods.ptuning import PTuning
+from veneer.methods.trainable_tokens import TrainableTokens
 from veneer.methods.vera import VeRA
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "FullFineTuning",
     "Gated",
     "IA3",
+    "InvertibleAdapter",
     "LayerNormTuning",
     "LoRA",
     "LoRAFA",
@@ -33,5 +36,6 @@ __all__ = [
     "PTuning",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
     "VeRA",
 ]

@@ -59,6 +59,11 @@ class Gated(Method):
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         return self.method.share(places)
 
+    def folded(self, delta: Delta) -> tuple[Method, Delta]:
+        assert isinstance(delta, Gate)
+        method, inner = self.method.folded(delta.inner)
+        return (self, delta) if inner is delta.inner else (Gated(method), delta.around(inner))
+
     def after_step(self, deltas: Sequence[Delta], step: int) -> None:
         self.method.after_step([delta.inner for delta in deltas if isinstance(delta, Gate)], step)
 

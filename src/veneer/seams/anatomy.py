@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,13 +122,23 @@ def read(model: nn.Module) -> Anatomy:
     return _CACHE[model]
 
 
-def layer(model: nn.Module, path: str) -> int:
-    """The number of the block that the module of this path lies in, -1 outside the blocks."""
-    around = sorted((block for block in repeated(model) if f"{path}.".startswith(f"{block}.")), key=len)
+def layers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
+    """The number of the block that each of these modules lies in, -1 outside the blocks.
+
+    Where the model cannot be read, blocks inside blocks count for nothing.
+    """
+    blocks = set(repeated(model))
+    above = {path: [path[:end] for end in _ends(path) if path[:end] in blocks] for path in paths}
     try:
-        return read(model).layer(around)
+        anatomy = read(model)
+        return {path: anatomy.layer(around) for path, around in above.items()}
     except UnreadableModel:
-        return Anatomy(()).layer(around[:1])
+        return {path: Anatomy(()).layer(around[:1]) for path, around in above.items()}
+
+
+def _ends(path: str) -> list[int]:
+    """Where the names in a dotted path end."""
+    return [*(end for end, letter in enumerate(path) if letter == "."), len(path)]
 
 
 def _trace(model: nn.Module) -> Graph:

@@ -97,24 +97,29 @@ class _Passage:
 
 
 def hooks(module: nn.Module, here: site.Site) -> list[RemovableHandle]:
-    """Register the hooks that the `Input` deltas of this site need on the stack and what goes with it."""
+    """Register the hooks that the `Input` deltas of this site need on other modules."""
     bound = {
-        name: source.module
+        name: source
         for bindings in here.bindings.values()
         for binding in bindings
         for name, source in binding.sources.items()
     }
-    deltas = [delta for here_too in here.values() for delta in cast(nn.ModuleList, here_too)]
-    if "stack" not in bound or not any(isinstance(delta, Input) and delta.slots for delta in deltas):
+    if "stack" not in bound or not any(isinstance(d, Input) and d.slots for ds in here.values() for d in _deltas(ds)):
         return []
-    passage, stack = _Passage(), _Stack.of(bound["stack"], bound["table"])
+    passage, stack = _Passage(), _Stack.of(bound["stack"].module, bound["table"].module)
     before = functools.partial(_before, here=here, passage=passage, stack=stack)
     handles = [stack.module.register_forward_pre_hook(before, with_kwargs=True)]
     if "cross" in bound:
-        cross = functools.partial(_before_cross, here=here, names=_names(bound["cross"]))
-        return [*handles, bound["cross"].register_forward_pre_hook(cross, with_kwargs=True)]
+        decoder = bound["cross"].module
+        cross = functools.partial(_before_cross, here=here, names=_names(decoder))
+        return [*handles, decoder.register_forward_pre_hook(cross, with_kwargs=True)]
     after = functools.partial(_after, passage=passage)
-    return handles + [bound[name].register_forward_hook(after) for name in ("stack", "body") if name in bound]
+    cut = [stack.module, bound["body"].module] if "body" in bound else [stack.module]
+    return handles + [module.register_forward_hook(after, with_kwargs=True) for module in cut]
+
+
+def _deltas(deltas: nn.Module) -> nn.ModuleList:
+    return cast(nn.ModuleList, deltas)
 
 
 site.hooks_by_port[Input] = hooks
@@ -327,7 +332,7 @@ def _make_room(cache: Any, added: int, stack: Any) -> None:
             layer.max_cache_len = min(longer, window) if layer.is_sliding else longer
 
 
-def _after(module: nn.Module, args: tuple[Any, ...], output: Any, passage: _Passage) -> Any:
+def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, passage: _Passage) -> Any:
     return _cut(output, passage) if passage.added else output
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
-from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, prompt, vera
+from veneer.interop.peft import ia3, ln_tuning, lora, oft, prefix, prompt, trainable_tokens, vera
 from veneer.interop.peft.common import Entry, Kind, NotInPEFT
 from veneer.methods import FullFineTuning
 
@@ -24,6 +24,7 @@ KINDS: dict[str, Kind] = {
     "PREFIX_TUNING": prefix,
     "PROMPT_TUNING": prompt,
     "P_TUNING": prompt,
+    "TRAINABLE_TOKENS": trainable_tokens.KIND,
     "VERA": vera.KIND,
 }
 ROUNDED = {"PREFIX_TUNING"}

@@ -9,7 +9,7 @@ from torch import nn
 from veneer.delta import Method
 from veneer.handle import Adapter, Claim
 from veneer.interop.peft.common import Entry, means, names, target_modules
-from veneer.interop.peft.plain import Plain
+from veneer.interop.peft.plain import Plain, transposed
 from veneer.methods import IA3
 
 
@@ -29,6 +29,7 @@ class _IA3(Plain):
     def options(self, adapter: Adapter) -> dict[str, Any]:
         inputs = {c.place.owner_path for c in adapter.claims if isinstance(c.method, IA3) and c.method.inputs}
         return {
+            "fan_in_fan_out": transposed(adapter, IA3),
             "feedforward_modules": target_modules(adapter.model, inputs),
             "init_ia3_weights": True,
             "peft_type": "IA3",

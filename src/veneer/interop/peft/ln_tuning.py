@@ -24,9 +24,6 @@ class _LayerNormTuning(Plain):
     def options(self, adapter: Adapter) -> dict[str, Any]:
         return {"peft_type": "LN_TUNING"}
 
-    def to_config(self, adapter: Adapter) -> dict[str, Any]:
-        return {key: value for key, value in super().to_config(adapter).items() if key != "fan_in_fan_out"}
-
     def refuse_incomplete(self, model: nn.Module, config: dict[str, Any], found: set[str], file: str) -> None:
         refuse_incomplete((path for path, _ in site.base_modules(model)), config, found, file)
 

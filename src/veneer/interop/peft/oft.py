@@ -11,7 +11,7 @@ from veneer.delta import Method
 from veneer.errors import FileError
 from veneer.handle import Adapter, Claim
 from veneer.interop.peft.common import Entry, NotInPEFT
-from veneer.interop.peft.plain import Plain, single
+from veneer.interop.peft.plain import Plain, single, transposed
 from veneer.methods import OFT
 
 
@@ -33,6 +33,7 @@ class _OFT(Plain):
             "bias": "none",
             "block_share": oft.block_share,
             "coft": False,
+            "fan_in_fan_out": transposed(adapter, OFT),
             "module_dropout": 0.0,
             "num_cayley_neumann_terms": oft.num_cayley_neumann_terms or 5,
             "oft_block_size": oft.block_size,

@@ -99,10 +99,8 @@ class Plain(ABC):
 
     def to_config(self, adapter: Adapter) -> dict[str, Any]:
         modules = {claim.place.owner_path for claim in self._own(adapter.claims)}
-        own = self._own(adapter.claims)
         return {
             **base_fields(adapter),
-            "fan_in_fan_out": all(type(claim.place.owner).__name__ == "Conv1D" for claim in own),
             "target_modules": target_modules(adapter.model, modules),
             **self.options(adapter),
         }
@@ -140,6 +138,11 @@ class Plain(ABC):
 
     def _own(self, claims: Sequence[Claim]) -> list[Claim]:
         return [claim for claim in claims if isinstance(claim.method, self.METHODS)]
+
+
+def transposed(adapter: Adapter, kind: type[Method]) -> bool:
+    """PEFT's `fan_in_fan_out`."""
+    return all(type(c.place.owner).__name__ == "Conv1D" for c in adapter.claims if isinstance(c.method, kind))
 
 
 def single(claims: Sequence[Claim], kind: type[Method]) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from veneer.delta import Method
 from veneer.handle import Adapter, Claim
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
-from veneer.interop.peft.plain import Plain, single
+from veneer.interop.peft.plain import Plain, single, transposed
 from veneer.lowrank import Projections
 from veneer.methods import VeRA
 
@@ -44,6 +44,7 @@ class _VeRA(Plain):
         return {
             "bias": "none",
             "d_initial": vera.d_initial,
+            "fan_in_fan_out": transposed(adapter, VeRA),
             "peft_type": "VERA",
             "projection_prng_key": vera.seed,
             "r": vera.rank,
