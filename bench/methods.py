@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,23 +30,51 @@ import veneer
 from veneer.samples import minilm, sentiment
 from veneer.train.machine import fitting_threads
 
-BATCH, HELD_OUT, SEED = 32, 1000, 0
+STEPS, BATCH, HELD_OUT, SEED = 250, 32, 1000, 0
 HEAD = ["classifier"]
-ALL = "attention | mlp"
+SUBLAYERS = "attention | mlp"
 
 
 @dataclass(frozen=True)
 class Entry:
     """A method, where it goes, and the learning rate it likes."""
 
-    method: object
+    method: Any
     where: str | None = None
     lr: float = 2e-3
 
 
 METHODS: dict[str, Entry] = {
     "LoRA": Entry(veneer.LoRA(rank=8)),
-    "full fine-tuning": Entry(veneer.FullFineTuning(), lr=5e-5),
+    "LoRA, rank-stabilised": Entry(veneer.LoRA(rank=32, use_rslora=True)),
+    "LoRA, PiSSA": Entry(veneer.LoRA(rank=8, init="pissa"), lr=1e-3),
+    "LoRA, OLoRA": Entry(veneer.LoRA(rank=8, init="olora"), lr=5e-4),
+    "DoRA": Entry(veneer.DoRA(rank=8)),
+    "LoRA-FA": Entry(veneer.LoRAFA(rank=8), lr=5e-3),
+    "AdaLoRA": Entry(veneer.AdaLoRA(total_steps=STEPS, initial_rank=12, target_rank=8), lr=5e-3),
+    "VeRA": Entry(veneer.VeRA(rank=256), lr=2e-2),
+    "HiRA": Entry(veneer.HiRA(rank=32), lr=5e-3),
+    "MiSS": Entry(veneer.MiSS(rank=16), lr=1e-3),
+    "SHiRA": Entry(veneer.SHiRA(rank=8, seed=0), lr=2e-3),
+    "OFT": Entry(veneer.OFT(block_size=32), lr=2e-3),
+    "IA3": Entry(veneer.IA3(), lr=2e-2),
+    "prefix tuning": Entry(veneer.PrefixTuning(length=30), lr=2e-2),
+    "prefix tuning, reparameterized": Entry(veneer.PrefixTuning(length=30, reparameterization=True), lr=2e-3),
+    "prompt tuning": Entry(veneer.PromptTuning(length=20), lr=2e-2),
+    "P-tuning": Entry(veneer.PTuning(length=20), lr=5e-3),
+    "Houlsby": Entry(veneer.BottleneckAdapter.houlsby(width=64), SUBLAYERS),
+    "Pfeiffer": Entry(veneer.BottleneckAdapter.pfeiffer(), "mlp"),
+    "parallel adapter": Entry(veneer.BottleneckAdapter.parallel(), "mlp"),
+    "Compacter": Entry(veneer.Compacter(), SUBLAYERS, lr=1e-2),
+    "BitFit": Entry(veneer.BitFit(), "bert", lr=5e-3),
+    "LayerNorm tuning": Entry(veneer.LayerNormTuning(), lr=5e-3),
+    "MAM": Entry(
+        {
+            "attention": veneer.PrefixTuning(length=30),
+            "mlp": veneer.BottleneckAdapter(width=48, placement="parallel", scaling=4.0),
+        }
+    ),
+    "full fine-tuning": Entry(veneer.FullFineTuning(), "bert", lr=5e-5),
 }
 
 
@@ -63,7 +92,7 @@ class Result:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
