@@ -277,9 +277,9 @@ MEANINGS = {
     "text": "anatomy read, of causal and sequence-to-sequence language models",
     "LoRA attached": "LoRA on `linear` attaches",
     "LoRA": "LoRA on `linear` gets a gradient in every parameter",
-    "BottleneckAdapter": "BottleneckAdapters in every sublayer get a gradient in every parameter",
-    "BottleneckAdapter, text": "the same, of causal and sequence-to-sequence language models",
-    "PrefixTuning": "trained keys and values in every attention get a gradient in every parameter",
+    "BottleneckAdapter": "a bottleneck adapter in every sublayer gets a gradient in every parameter",
+    "BottleneckAdapter, text": "bottleneck adapters likewise, of causal and sequence-to-sequence language models alone",
+    "PrefixTuning": "a prefix in every attention gets a gradient in every parameter",
 }
 LETTERS = {"attention": "qkvo", "cross_attention": "qkvo", "mlp": ("gate", "up", "down")}
 
@@ -309,6 +309,13 @@ def _cell(result: Result, method: str) -> str:
     return f"{one['parameters'] - one['without gradient']}/{one['parameters']}"
 
 
+def write(results: dict[str, Result]) -> None:
+    """Both files in docs/."""
+    everything = {"counts": counts(results), "results": results}
+    (ROOT / "docs" / "architectures.json").write_text(json.dumps(everything, separators=(",", ":")) + "\n")
+    (ROOT / "docs" / "architectures.md").write_text(page(results))
+
+
 def main() -> None:
     """Walk over all architectures, or those named."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -323,10 +330,7 @@ def main() -> None:
     if sys.argv[1:]:
         print(json.dumps(results, indent=1))
         return
-    docs = ROOT / "docs"
-    everything = {"counts": counts(results), "results": results}
-    (docs / "architectures.json").write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n")
-    (docs / "architectures.md").write_text(page(results))
+    write(results)
     print(json.dumps(counts(results), indent=1))
 
 

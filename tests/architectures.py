@@ -54,6 +54,7 @@ HYBRID = {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", 
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 ODD: dict[str, dict[str, Any]] = {
     "bamba": {**HYBRID, "attn_layer_indices": [1]},
+    "bros": {"dim_bbox_projection": 16},
     "dbrx": {
         "attn_config.rope_theta": 10000.0,
         "attn_config.kv_n_heads": 2,
@@ -67,8 +68,10 @@ ODD: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"first_k_dense_replace": 1},
     "donut-swin": STAGES,
     "dots1": {**EXPERTS, "n_shared_experts": 1},
-    "dots3_note": {"pad_token_id": 0},
+    "dots3_note": {"pad_token_id": 0, "text_config.head_dim": 64},
+    "dots3_note_text": {"head_dim": 64},
     "emu3": {"pad_token_id": 0},
+    "encodec": {"codebook_dim": WIDTH},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "falcon_h1": {
         "mamba_d_ssm": 128,
@@ -78,7 +81,7 @@ ODD: dict[str, dict[str, Any]] = {
         "ssm_multipliers": [1.0] * 5,
         "mlp_multipliers": [1.0] * 2,
     },
-    "granitemoehybrid": HYBRID,
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "jamba": {
@@ -90,11 +93,16 @@ ODD: dict[str, dict[str, Any]] = {
         "expert_layer_period": 2,
         "use_mamba_kernels": False,
     },
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 96},
     "llama4": {"pad_token_id": 0},
+    "longcat_flash": {"qk_head_dim": 32},
     "mamba2": {"num_heads": 8},
     "maskformer-swin": STAGES,
     "ministral": {"head_dim": 16},
+    "mistral4": {"head_dim": 32, "qk_head_dim": 32},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "nemotron": {"num_key_value_heads": 4},
     "patchtsmixer": SERIES,
     "patchtst": SERIES,
@@ -106,7 +114,7 @@ ODD: dict[str, dict[str, Any]] = {
         "attention_window_size": 16,
         "layer_types": ["recurrent", "recurrent", "attention"],
     },
-    "reformer": {"is_decoder": True},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [32, 32]},
     "swin2sr": {"num_heads": [4, 4], "depths": [2, 2]},
     "swinv2": STAGES,
     "wav2vec2-bert": {"vocab_size": 40},
@@ -155,6 +163,8 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
     cls, _ = kind(model_type)
     torch.manual_seed(seed)
     tiny = config(model_type)
+    if not isinstance(tiny, cls.config_class):  # a model of text that is built from the config of text and images
+        tiny = tiny.get_text_config()
     try:
         model = cls._from_config(copy.deepcopy(tiny), attn_implementation="sdpa")
     except ValueError as error:

@@ -94,7 +94,7 @@ def tied():
 ROLES = (
     "attention, attention.q, attention.k, attention.v, attention.o, cross_attention, cross_attention.q, "
     "cross_attention.k, cross_attention.v, cross_attention.o, mlp, mlp.gate, mlp.up, mlp.down, linear, block, "
-    "embedding, head"
+    "embedding, input, head, norm"
 )
 
 MESSAGES = [

@@ -84,7 +84,7 @@ def quantized(kind: str, family: str = "llama") -> nn.Module:
     model = dense(family)
     for path, module in linears(model).items():
         model.set_submodule(path, quantize(module, kind))
-    return model
+    return model.eval()
 
 
 def twin(model: nn.Module, family: str = "llama") -> nn.Module:

@@ -245,7 +245,7 @@ def test_rows_need_no_split_where_all_have_the_same():
 
 def test_rows_cannot_differ_in_a_weight_that_they_share():
     model = FAMILIES["llama"].model()
-    perturb(veneer.attach(model, veneer.FullFineTuning(), "norm", name="one"))
+    perturb(veneer.attach(model, veneer.FullFineTuning(), "model.norm", name="one"))
     with pytest.raises(errors.RoutingError, match=r"model\.norm\.weight is changed as a weight"):
         acting(model, rows=["one", None, "one"])
     assert torch.equal(acting(model), answer(FAMILIES["llama"].model())), "a shadow stayed"

@@ -156,8 +156,9 @@ def _tables(model: nn.Module) -> tuple[str, ...]:
 def _attentions(model: nn.Module) -> dict[str, Place]:
     """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
     attention.wrap()
-    inventory = parameters(model)
     projections = {place.owner_path: place for place in weights(model).values()}
+    known = {_join(place.owner_path, place.parameter): place for place in projections.values()}
+    inventory = parameters(model) | known  # which know more of how a weight is stored
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}

@@ -306,7 +306,8 @@ def _replaced(output: Any, item: int | str, y: Tensor) -> Any:
     if isinstance(item, str):
         output[item] = y
         return output
-    return (*output[:item], y, *output[item + 1 :])
+    changed = [*output[:item], y, *output[item + 1 :]]
+    return changed if isinstance(output, list) else tuple(changed)  # the base may go on to add to the list
 
 
 def _columns(delta: Delta, x: Tensor, y: Tensor, spans: Sequence[Span] | None) -> Tensor:

@@ -22,10 +22,13 @@ SUBJECTS = {
     ),
     "Compacter": Subject(veneer.Compacter(width=8, rank=2), where=EVERYWHERE, impossible=UNMERGED),
     "InvertibleAdapter": Subject(
-        veneer.InvertibleAdapter(), families=("gpt2", "bert", "t5", "albert"), impossible=UNMERGED
+        veneer.InvertibleAdapter(), families=("gpt2", "bert", "t5", "albert", "whisper"), impossible=UNMERGED
     ),
     "InvertibleAdapter-untied": Subject(
-        veneer.InvertibleAdapter(activation="gelu"), families=("llama",), where="embedding", impossible=UNMERGED
+        veneer.InvertibleAdapter(activation="gelu"),
+        families=("llama", "gpt2", "bert", "t5", "albert", "whisper", "mixtral"),
+        where="embedding",
+        impossible=UNMERGED,
     ),
     "AdapterFusion": Subject(
         veneer.AdapterFusion(

@@ -32,6 +32,8 @@ def candidates(model: Any) -> Iterator[dict[str, Tensor]]:
         tried.append(shapes)
         if accepts(model, "decoder_input_ids") and "decoder_input_ids" not in found:
             found["decoder_input_ids"] = facts.ids(LENGTH - 2)
+        if accepts(model, "input_features_mask") and name == "input_features":
+            found["input_features_mask"] = torch.ones(BATCH, FRAMES, dtype=torch.long)
         if accepts(model, "bbox"):
             found["bbox"] = facts.boxes()
         yield found
