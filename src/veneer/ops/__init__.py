@@ -1,0 +1,1 @@
+"""What has a kernel behind it: the plain torch reference is the specification, faster implementations stand beside it."""
