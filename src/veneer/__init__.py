@@ -27,6 +27,7 @@ from veneer.methods import (
     LoRAFA,
     VeRA,
 )
+from veneer.quantizing import NF4, quantize
 from veneer.routing import activate, use
 from veneer.store import load, save
 
@@ -46,6 +47,7 @@ __all__ = [
     "LoRA",
     "LoRAFA",
     "Method",
+    "NF4",
     "OFT",
     "ParameterCount",
     "Place",
@@ -60,6 +62,7 @@ __all__ = [
     "detach",
     "load",
     "merge",
+    "quantize",
     "save",
     "unmerge",
     "use",

@@ -1,7 +1,7 @@
 """NF4: four bits a weight, on levels that a normal distribution fills evenly (the reference, in plain torch).
 
-A weight is cut, row by row, into blocks; each is divided by its largest magnitude, and every value becomes the number of
-the nearest of 16 levels. Two numbers share a byte, the first in the high half. With double quantization the blocks'
+A weight is cut, row by row, into blocks; each is divided by its largest magnitude, and every value becomes the number
+of the nearest of 16 levels. Two numbers share a byte, the first in the high half. With double quantization the blocks'
 magnitudes are themselves stored in 8 bits, in blocks of 256 around their mean: 4.127 bits a weight in all.
 
 Paper: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, arXiv:2305.14314. The bytes are
@@ -31,7 +31,7 @@ def levels(device: torch.device | str = "cpu") -> Tensor:
 
 
 def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 levels of the 8-bit dynamic type: seven decades, each with twice the fractions of the one below, signed."""
+    """The 256 levels of the 8-bit dynamic type: seven signed decades, each with twice the steps of the one below."""
     found = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -42,7 +42,7 @@ def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight: bytes [ceil(n / 2), 1] and a magnitude a block, in float32 or, doubly quantized, in 8 bits."""
+    """A quantized weight: bytes [ceil(n / 2), 1], and a magnitude a block in float32 or, doubly quantized, in 8 bits."""
 
     data: Tensor
     absmax: Tensor
