@@ -42,7 +42,7 @@ def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized weight: bytes [ceil(n / 2), 1], and a magnitude a block in float32 or, doubly quantized, in 8 bits."""
+    """A quantized weight: bytes [ceil(n / 2), 1], and a magnitude a block, in float32 or in 8 bits."""
 
     data: Tensor
     absmax: Tensor
