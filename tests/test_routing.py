@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import FAMILIES, IDS, logits, perturb
+from tiny import FAMILIES, logits, perturb
 from torch import nn
 
 import veneer
@@ -176,6 +176,12 @@ def test_rows_equal_rows_alone(family):
     assert not torch.allclose(mixed[0], answer(model, family)[0])
 
 
+def prompt(family, row=None):
+    """What a model continues: the whole batch, or one row of it."""
+    batch = {key: value for key, value in FAMILIES[family].batch().items() if not key.startswith("decoder")}
+    return batch if row is None else {key: value[row : row + 1] for key, value in batch.items()}
+
+
 @pytest.mark.parametrize(
     "options",
     [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}, {}],
@@ -187,18 +193,18 @@ def test_generated_rows_equal_rows_alone(family, options):
     rows = [("one",), ("one", "two"), ()]
     fixed = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
 
-    def generate(ids):
-        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed)
-
     with veneer.use(model, rows=rows):
-        mixed = generate(IDS)
+        mixed = model.generate(**prompt(family), **fixed)
     each = options.get("num_return_sequences", 1)
     assert len(mixed) == 3 * each
     for i, names in enumerate(rows):
         with veneer.use(model, *names):
-            assert torch.equal(mixed[i * each : (i + 1) * each], generate(IDS[i : i + 1]))
+            alone = model.generate(**prompt(family, row=i), **fixed)
+        assert torch.equal(mixed[i * each : (i + 1) * each], alone)
     with veneer.use(model):
-        assert not torch.equal(mixed, generate(IDS)), "the adapters change no token, so this shows nothing"
+        assert not torch.equal(mixed, model.generate(**prompt(family), **fixed)), (
+            "the adapters change no token, so this shows nothing"
+        )
 
 
 @pytest.mark.parametrize("family", GENERATES)
@@ -208,11 +214,10 @@ def test_sampled_sequences_follow_their_row(family):
     rows = ["two", None, "one"]
     fixed = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": True, "top_k": 1, "num_return_sequences": 3}
     with veneer.use(model, rows=rows):
-        mixed = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **fixed)
+        mixed = model.generate(**prompt(family), **fixed)
     for i, name in enumerate(rows):
-        ids = IDS[i : i + 1]
         with veneer.use(model, *([name] if name else [])):
-            alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **fixed)
+            alone = model.generate(**prompt(family, row=i), **fixed)
         assert torch.equal(mixed[3 * i : 3 * i + 3], alone)
 
 

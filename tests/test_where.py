@@ -36,6 +36,12 @@ def t5_mlp(*names):
 LLAMA, GPT2, BERT, VIT = "model.layers.{}.", "transformer.h.{}.", "bert.encoder.layer.{}.", "vit.layers.{}."
 SELF, CROSS = "layer.0.SelfAttention.", "layer.1.EncDecAttention."
 
+
+def whisper(encoder, decoder):
+    sides = ((side, name) for side, names in (("encoder", encoder), ("decoder", decoder)) for name in names)
+    return [f"model.{side}.layers.{block}.{name}" for side, name in sides for block in range(2)]
+
+
 EXPECTED = {
     "llama": {
         "attention": blocks(*(f"{LLAMA}self_attn.{r}_proj" for r in "qkvo")),
@@ -100,7 +106,22 @@ EXPECTED = {
         "mlp.up": [f"{ALBERT}.ffn"],
         "mlp.down": [f"{ALBERT}.ffn_output"],
     },
+    "whisper": {
+        "attention": whisper(*[[f"self_attn.{r}_proj" for r in ("q", "k", "v", "out")]] * 2),
+        "cross_attention": whisper([], [f"encoder_attn.{r}_proj" for r in ("q", "k", "v", "out")]),
+        "mlp": whisper(["fc1", "fc2"], ["fc1", "fc2"]),
+        "embedding": ["model.decoder.embed_tokens"],
+        "head": ["proj_out"],
+        **{f"attention.{r}": whisper(*[[f"self_attn.{r}_proj"]] * 2) for r in "qkv"},
+        **{f"cross_attention.{r}": whisper([], [f"encoder_attn.{r}_proj"]) for r in "qkv"},
+        "attention.o": whisper(["self_attn.out_proj"], ["self_attn.out_proj"]),
+        "cross_attention.o": whisper([], ["encoder_attn.out_proj"]),
+        "mlp.up": whisper(["fc1"], ["fc1"]),
+        "mlp.down": whisper(["fc2"], ["fc2"]),
+    },
 }
+EXPECTED["gemma3"] = EXPECTED["llama"]
+EXPECTED["mixtral"] = {role: found for role, found in EXPECTED["llama"].items() if not role.startswith("mlp")}
 LINEAR = {
     "llama": EXPECTED["llama"]["attention"] + EXPECTED["llama"]["mlp"],
     "gpt2": blocks(f"{GPT2}attn.c_attn", f"{GPT2}attn.c_proj", f"{GPT2}mlp.c_fc", f"{GPT2}mlp.c_proj"),
@@ -108,6 +129,9 @@ LINEAR = {
     "t5": EXPECTED["t5"]["attention"] + EXPECTED["t5"]["cross_attention"] + EXPECTED["t5"]["mlp"],
     "vit": EXPECTED["vit"]["attention"] + EXPECTED["vit"]["mlp"],
     "albert": EXPECTED["albert"]["attention"] + EXPECTED["albert"]["mlp"],
+    "gemma3": EXPECTED["gemma3"]["attention"] + EXPECTED["gemma3"]["mlp"],
+    "whisper": EXPECTED["whisper"]["attention"] + EXPECTED["whisper"]["cross_attention"] + EXPECTED["whisper"]["mlp"],
+    "mixtral": EXPECTED["mixtral"]["attention"],
 }
 
 

@@ -12,14 +12,20 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 WIDTH, HEADS, VOCABULARY = 32, 4, 64
@@ -27,6 +33,7 @@ IDS = torch.tensor([[5, 9, 12, 33, 7, 21], [40, 8, 11, 3, 60, 17], [22, 6, 30, 1
 
 
 SIZES = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": HEADS}
+_SIDE = {"layers": 2, "attention_heads": HEADS, "ffn_dim": 48}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
 
 
@@ -55,6 +62,27 @@ def vit() -> nn.Module:
     return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, num_labels=5, **SIZES))
 
 
+def gemma3() -> nn.Module:
+    """Norms around each branch and on q and k, attention in windows of 4 and over all, a tied head."""
+    sizes = {"head_dim": 8, "query_pre_attn_scalar": 8, "num_key_value_heads": 2, **SIZES}
+    windows = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=VOCABULARY, **sizes, **windows, **TOKENS))
+
+
+def whisper() -> nn.Module:
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in _SIDE.items()}
+    lengths = {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": 64}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(vocab_size=VOCABULARY, d_model=WIDTH, decoder_start_token_id=1, **sides, **lengths, **TOKENS)
+    )
+
+
+def mixtral() -> nn.Module:
+    """Experts in three dimensions; of the ways to compute them, one that takes float64 and compiles in one graph."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, num_key_value_heads=2, **experts, **SIZES, **TOKENS))
+
+
 def albert() -> nn.Module:
     from veneer.samples import albert as sample
 
@@ -69,6 +97,11 @@ def pixels(rows: Tensor = IDS) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()}
 
 
+def sound(rows: Tensor = IDS) -> dict[str, Tensor]:
+    features = torch.randn(len(rows), 8, 16, generator=torch.Generator().manual_seed(1)).double()
+    return {"input_features": features, "decoder_input_ids": rows[:, :4]}
+
+
 def text_to_text(rows: Tensor = IDS) -> dict[str, Tensor]:
     return {**text(rows), "decoder_input_ids": rows[:, :4]}
 
@@ -80,6 +113,7 @@ class Family:
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]] = text
     generates: bool = False
+    biases: bool = True
     pads: str = "left right"
     head: str = "lm_head"
     extra: dict[str, str] = field(default_factory=dict)
@@ -100,12 +134,15 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 FAMILIES = {
-    "llama": Family(llama, generates=True),
+    "llama": Family(llama, generates=True, biases=False),
     "gpt2": Family(gpt2, generates=True),
     "bert": Family(bert, head="cls.predictions.transform"),
     "t5": Family(t5, text_to_text, generates=True),
     "vit": Family(vit, pixels, pads="", head="classifier"),
     "albert": Family(albert, head="predictions.dense"),
+    "gemma3": Family(gemma3, generates=True, biases=False),
+    "whisper": Family(whisper, sound, generates=True, pads="", head="proj_out"),
+    "mixtral": Family(mixtral, generates=True, biases=False),
 }
 
 
@@ -115,9 +152,10 @@ def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def perturb(adapter, scale: float = 0.2) -> None:
-    """Give every adapter parameter a value that is not its start, so that the adapter does something."""
+    """Give every adapter parameter, and what a fusion is made of, a value that is not its start."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for parameter in adapter.parameters():
+        parts = [tensor for key, tensor in adapter.named_tensors() if ".parts." in key]
+        for parameter in (*adapter.parameters(), *parts):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(noise.to(parameter.dtype), alpha=scale)

@@ -9,15 +9,43 @@ Importing this package imports neither transformers nor a quantizer.
 
 __version__ = "0.1.0.dev0"
 
-from veneer.adapter import attach, check
-from veneer.counting import ParameterCount, count_parameters
-from veneer.delta import After, Before, Delta, Input, KeyValue, Method, Place, Weight
-from veneer.errors import VeneerError
-from veneer.handle import Adapter, adapters
-from veneer.merging import detach, merge, unmerge
+from veneer.adapter import (
+    attach,
+    check,
+)
+from veneer.counting import (
+    ParameterCount,
+    count_parameters,
+)
+from veneer.delta import (
+    After,
+    Before,
+    Delta,
+    Input,
+    KeyValue,
+    Method,
+    Place,
+    Weight,
+)
+from veneer.errors import (
+    VeneerError,
+)
+from veneer.fusing import (
+    fuse,
+)
+from veneer.handle import (
+    Adapter,
+    adapters,
+)
+from veneer.merging import (
+    detach,
+    merge,
+    unmerge,
+)
 from veneer.methods import (
     IA3,
     OFT,
+    AdapterFusion,
     BitFit,
     BottleneckAdapter,
     DoRA,
@@ -27,12 +55,22 @@ from veneer.methods import (
     LoRAFA,
     VeRA,
 )
-from veneer.quantizing import NF4, quantize
-from veneer.routing import activate, use
-from veneer.store import load, save
+from veneer.quantizing import (
+    NF4,
+    quantize,
+)
+from veneer.routing import (
+    activate,
+    use,
+)
+from veneer.store import (
+    load,
+    save,
+)
 
 __all__ = [
     "Adapter",
+    "AdapterFusion",
     "After",
     "Before",
     "BitFit",
@@ -60,6 +98,7 @@ __all__ = [
     "check",
     "count_parameters",
     "detach",
+    "fuse",
     "load",
     "merge",
     "quantize",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from veneer import places, site
-from veneer.delta import Before, Method, Place
+from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
 from veneer.methods import FullFineTuning
@@ -93,6 +93,13 @@ def build(method: Method, found: Sequence[Place], where: str, dtype: torch.dtype
                 dataclasses.replace(place, map=place.format.map(place.reader)) if method.unit == "weight" else place
             )
             delta = method.build(mapped)
+            if place.functional and not isinstance(delta, Weight):
+                raise MethodError(
+                    "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
+                    "of `where`, or use a method with a weight form such as LoRA."
+                )
+            if delta.reads not in ("", *place.sources):
+                raise MethodError(f"its {delta.reads} passes by no module that could be read. Name other places.")
         except MethodError as error:
             raise MethodError(f"{type(method).__name__} at {place.path}: {error}") from None
         if isinstance(delta, Before) and place.spans:

@@ -59,11 +59,13 @@ class Place:
     `spans` are the output rows this place means, for one role of a fused projection; None means all of them.
     `tied` are the other places that read the very same parameter and get the very same delta.
 
-    `shape` is the weight's logical shape; of an attention it is (heads, width of a key, width of a value) of its keys;
-    of a sublayer (its width,). `layer` is the number of the block it lies in, -1 outside the blocks.
+    `shape` is the weight's logical shape [out, in, *kernel], of a stack of matrices [experts, out, in]; of an attention
+    it is (heads, width of a key, width of a value) of its keys; of a sublayer (its width,). `layer` is the number of
+    the block it lies in, -1 outside the blocks.
 
     A sublayer's output is what the reader returns, or `item` of it; `sources` says where its "input" (behind the norm,
-    where there is one) and the "residual" stream pass by. `shared` is what `Method.share` made for all its places.
+    where there is one) and the "residual" stream pass by; `norm` is what normalises their sum, in a post-norm block.
+    `shared` is what `Method.share` made for all its places.
     """
 
     path: str
@@ -82,6 +84,7 @@ class Place:
     layer: int = -1
     item: int | str | None = None
     sources: Mapping[str, Source] = field(default_factory=dict)
+    norm: nn.Module | None = None
     shared: nn.Module | None = None
 
     @property
@@ -106,7 +109,7 @@ class Place:
     @property
     def bias(self) -> str:
         """Path of the bias beside the weight, or the empty string."""
-        name = self.parameter.replace("weight", "bias")
+        name = self.format.bias(self.parameter)
         return f"{self.owner_path}.{name}" if self.owner._parameters.get(name) is not None else ""
 
     def matches(self, pattern: str) -> bool:
@@ -121,12 +124,16 @@ class Place:
     def restricted(self, spans: tuple[Span, ...], label: str) -> Place:
         """This place, for only these output rows of its weight; `label` tells it from its siblings."""
         rows = sum(stop - start for start, stop in spans)
-        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=(rows, *self.shape[1:]))
+        dim = self.format.rows
+        shape = (*self.shape[:dim], rows, *self.shape[dim + 1 :])
+        return dataclasses.replace(self, path=f"{self.path}[{label}]", spans=spans, shape=shape)
 
     def read(self) -> Tensor:
-        """The weight as a dense tensor in its logical shape [out, in, ...]; only the rows of `spans`."""
+        """The weight as a dense tensor in its logical shape; only the rows of `spans`."""
         dense = self.format.read(self.owner, self.parameter)
-        return dense if self.spans is None else dense[row_index(self.spans, dense.device)]
+        if self.spans is None:
+            return dense
+        return dense.index_select(self.format.rows, row_index(self.spans, dense.device))
 
     def product(self) -> Product:
         """What multiplies activations by the base weight at every call, however the weight is stored."""
@@ -136,7 +143,7 @@ class Place:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
         if self.spans is not None:
             dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
-            weight = dense.index_copy(0, row_index(self.spans, dense.device), weight)
+            weight = dense.index_copy(self.format.rows, row_index(self.spans, dense.device), weight)
         self.format.write(self.owner, self.parameter, weight)
 
 
@@ -157,13 +164,13 @@ class Product:
 
     def bias(self) -> Tensor | None:
         """The base's bias beside the weight (its rows), or None."""
-        bias = self.place.owner._parameters.get(self.place.parameter.replace("weight", "bias"))
+        bias = self.place.owner._parameters.get(self.place.format.bias(self.place.parameter))
         return bias if bias is None or self.place.spans is None else bias[row_index(self.place.spans, bias.device)]
 
 
 def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
     """The row numbers that `spans` mean, in order."""
-    return torch.cat([torch.arange(start, stop, device=device) for start, stop in spans])
+    return torch.tensor([row for start, stop in spans for row in range(start, stop)], device=device)
 
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
@@ -239,7 +246,7 @@ class Input(Delta):
 
 
 class Weight(Delta):
-    """Where a parameter w is read, delta(w) is read instead; the stored w stays as it is."""
+    """Where a parameter w (in its logical shape) is read, delta(w) is read instead; the stored w stays as it is."""
 
     @abstractmethod
     def forward(self, w: Tensor) -> Tensor: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -147,6 +148,11 @@ class Adapter:
             lines.append("  merged into the base's weights")
         lines.append(f"  active now: {', '.join(state.routes.active) or 'the base alone'}")
         return "\n".join(lines)
+
+
+def runs(claims: Sequence[Claim]) -> list[list[Claim]]:
+    """Claims in the groups they were built in: neighbours with one `where` and one method."""
+    return [list(run) for _, run in itertools.groupby(claims, key=lambda claim: (claim.where, id(claim.method)))]
 
 
 def state_of(model: nn.Module) -> State:

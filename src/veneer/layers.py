@@ -37,6 +37,10 @@ class LinearMap(ABC):
         product: Tensor = torch.mm(B.flatten(1), A.flatten(1)).unflatten(1, A.shape[1:])
         return product
 
+    def matrices(self, A: Tensor) -> tuple[Tensor, ...]:
+        """The factor's independent parts: itself, or one of each matrix of a stack."""
+        return (A,)
+
     @abstractmethod
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         """The activations through the first factor."""
@@ -55,6 +59,30 @@ class Matrix(LinearMap):
 
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
+
+
+@dataclass(frozen=True)
+class Stack(LinearMap):
+    """y[e] = x[e]·W[e]ᵀ for each matrix of a stack [experts, out, in]; activations are [experts, tokens, in]."""
+
+    def factors(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        experts, out, in_ = shape
+        return (experts, rank, in_), (experts, out, rank)
+
+    def fan_in(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        return torch.bmm(B, A)
+
+    def matrices(self, A: Tensor) -> tuple[Tensor, ...]:
+        return A.unbind()
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return torch.bmm(x, A.mT)
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        return torch.bmm(h, B.mT)
 
 
 @dataclass(frozen=True)

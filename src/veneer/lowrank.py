@@ -19,7 +19,7 @@ from veneer.delta import After, Delta, Place, Weight, compute_dtype
 
 
 class Pair(Delta):
-    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s."""
+    """A [rank, in, *kernel], random, and B [out, rank, *1], zero, with their scale s; for each matrix of a stack."""
 
     mergeable = True
     fast = frozenset({"B"})
@@ -34,7 +34,8 @@ class Pair(Delta):
         a, b = self.map.factors(place.shape, rank)
         self.A = nn.Parameter(torch.empty(a, dtype=dtype, device=device))
         self.B = nn.Parameter(torch.zeros(b, dtype=dtype, device=device))
-        _start(self.A.data, init, self.map.fan_in(place.shape))
+        for matrix in self.map.matrices(self.A.data):
+            _start(matrix, init, self.map.fan_in(place.shape))
 
     def merge(self, weight: Tensor) -> Tensor:
         return weight + self.scale * self.map.product(self.A.to(weight.dtype), self.B.to(weight.dtype))

@@ -148,7 +148,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 reader=reader,
                 shape=sublayer.heads,
                 functional=False,
-                layer=read.layer(sublayer),
+                layer=read.layer(sublayer.ends.blocks),
             )
     return found
 
@@ -174,8 +174,9 @@ def _sublayers(model: nn.Module) -> dict[str, Place]:
             shape=(sublayer.ends.width,),
             functional=False,
             item=item,
-            layer=read.layer(sublayer),
+            layer=read.layer(sublayer.ends.blocks),
             sources=sources,
+            norm=named[sublayer.ends.norm] if sublayer.ends.norm else None,
         )
     return found
 
@@ -269,6 +270,11 @@ def _why_no_path(model: nn.Module, text: str, inventory: dict[str, Place]) -> st
     return f"No module of {type(model).__name__} matches where='{text}'.{near} Roles: {', '.join(ROLES)}."
 
 
+def layer(model: nn.Module, place: Place) -> int:
+    """The number of the block a place lies in, -1 outside the blocks."""
+    return place.layer if place.unit in ("attention", "sublayer") else anatomy.layer(model, place.owner_path)
+
+
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
     if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", site.Routes())):
@@ -290,7 +296,8 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
         edges = [edge for span in spans or () for edge in span]
-        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= place.shape[0]):
-            raise NoSuchPlace(f"{plain} has {place.shape[0]} output rows, among which {spans} are no ascending spans.")
+        rows = place.shape[place.format.rows]
+        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
+            raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
         found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
     return _tie(found) if unit == "parameter" else found

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from veneer import places
 from veneer.errors import AdapterError
 from veneer.handle import Adapter, State, handle, in_order, state_of
 
 Row = str | None | Sequence[str]
 
 
-def activate(model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None) -> None:
+def activate(
+    model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None, drop_layers: Collection[int] = ()
+) -> None:
     """From now on these adapters act, stacked in the order of attaching, and train; all others rest and are frozen.
 
     No name means the base alone. `rows` gives every row of a batch its own: a name, several names, or None for the
-    base.
+    base. In the blocks numbered in `drop_layers` no adapter acts or trains (AdapterDrop, Rücklé et al., EMNLP 2021,
+    arXiv:2010.11918): give another `range(n)` at each step to train for any n, and `range(n)` for good to leave the
+    lowest n blocks to the base. An encoder's and a decoder's blocks of one number go together.
     """
-    _route(model, names, rows)
+    _route(model, names, rows, drop_layers)
     state = state_of(model)
     routes = state.routes
     acting = set(routes.active) if routes.rows is None else {name for row in routes.rows for name in row}
     for name, adapter in state.adapters.items():
         for parameter in adapter.parameters():
             parameter.requires_grad_(name in acting)
+        for claim in adapter.claims:
+            if claim.place.path in routes.dropped:
+                claim.delta.requires_grad_(False)
 
 
-def _route(model: nn.Module, names: Sequence[Adapter | str], rows: Sequence[Row] | None) -> None:
-    """Set who acts for whom, after checking every name."""
+def _route(
+    model: nn.Module, names: Sequence[Adapter | str], rows: Sequence[Row] | None, drop_layers: Collection[int]
+) -> None:
+    """Set who acts for whom and where, after checking every name."""
     if names and rows is not None:
         raise AdapterError("Name adapters for the whole batch or give `rows`, not both.")
     if rows is not None and not rows:
@@ -39,8 +49,28 @@ def _route(model: nn.Module, names: Sequence[Adapter | str], rows: Sequence[Row]
     chosen = [handle(model, name).name for name in names]
     by_row = None if rows is None else [_row(model, row) for row in rows]
     _refuse_without_merged(state, [chosen] if by_row is None else by_row)
+    acting = chosen if by_row is None else [name for row in by_row for name in row]
+    dropped = _dropped(model, state, acting, drop_layers)
+    state.routes.dropped = dropped
     state.routes.active = in_order(state, chosen)
     state.routes.rows = None if by_row is None else tuple(in_order(state, row) for row in by_row)
+
+
+def _dropped(model: nn.Module, state: State, acting: Sequence[str], layers: Collection[int]) -> frozenset[str]:
+    """Paths of the places in these layers; AdapterError where there are none, or where weights were merged."""
+    if not layers:
+        return frozenset()
+    if merged := [name for name in acting if name in state.routes.merged]:
+        raise AdapterError(
+            f"Adapter '{merged[0]}' is merged into the weights, so no layer can do without it. Unmerge it."
+        )
+    numbers = {
+        claim.place.path: places.layer(model, claim.place) for name in acting for claim in state.adapters[name].claims
+    }
+    if missing := sorted(set(layers) - set(numbers.values())):
+        there = sorted(set(numbers.values()) - {-1})
+        raise AdapterError(f"drop_layers names {missing}, where no acting adapter is. They are in {there}.")
+    return frozenset(path for path, number in numbers.items() if number in layers)
 
 
 def _row(model: nn.Module, row: Row) -> list[str]:
@@ -58,18 +88,21 @@ def _refuse_without_merged(state: State, groups: Sequence[Sequence[str]]) -> Non
 
 
 @contextmanager
-def use(model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None) -> Iterator[nn.Module]:
+def use(
+    model: nn.Module, *names: Adapter | str, rows: Sequence[Row] | None = None, drop_layers: Collection[int] = ()
+) -> Iterator[nn.Module]:
     """Within, these adapters act (no name: the base alone), without gradients; afterwards what acted before.
 
     `rows` mixes adapters in one batch, one entry a row: `rows=["french", ("french", "law"), None]`. `generate` may
-    expand rows for beams and returned sequences; the batch must be the first dimension inside the model. For training
-    call `activate`: a `use` closed before `backward` would let gradient checkpointing recompute with other adapters.
+    expand rows for beams and returned sequences; the batch must be the first dimension inside the model. `drop_layers`
+    are blocks left to the base, as in `activate`. For training call `activate`: a `use` closed before `backward` would
+    let gradient checkpointing recompute with other adapters.
     """
     routes = state_of(model).routes
-    before = routes.active, routes.rows
-    _route(model, names, rows)
+    before = routes.active, routes.rows, routes.dropped
+    _route(model, names, rows, drop_layers)
     try:
         with torch.no_grad():
             yield model
     finally:
-        routes.active, routes.rows = before
+        routes.active, routes.rows, routes.dropped = before

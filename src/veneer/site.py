@@ -44,6 +44,8 @@ class Routes:
     active: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] | None = None
     merged: list[str] = field(default_factory=list)
+    dropped: frozenset[str] = frozenset()
+    """Paths of places where nothing acts, whoever is active."""
 
     def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
         """The rows of a batch that `name` acts on; None means all, [] none.
@@ -69,6 +71,11 @@ class Routes:
             )
         return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
 
+    def serves(self, name: str, binding: Binding) -> bool:
+        """Whether `name` acts at this binding, on all rows or some."""
+        acting = self.active if self.rows is None else {each for row in self.rows for each in row}
+        return name in acting and name not in self.merged and binding.path not in self.dropped
+
 
 class Held:
     """An activation between the module it passed by and the delta that reads it."""
@@ -76,6 +83,10 @@ class Held:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.value: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy holds nothing: what passed by belongs to a forward of the original."""
+        return {**vars(self), "value": None}
 
     def take(self) -> Tensor:
         """The activation, which is let go of."""
@@ -94,10 +105,10 @@ class Binding:
     path: str
     owner: str
     parameter: str
+    format: Any  # the place's own
     spans: tuple[Span, ...] | None
     item: int | str | None = None
     held: Held | None = None
-    transposed: bool = False
 
 
 class Site(nn.ModuleDict):
@@ -121,7 +132,7 @@ class Site(nn.ModuleDict):
             if rows == []:
                 continue
             for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port):
+                if isinstance(delta, port) and binding.path not in self.routes.dropped:
                     yield delta, binding, rows
 
 
@@ -166,7 +177,7 @@ def share(model: nn.Module, name: str, modules: Sequence[nn.Module], routes: Rou
     for module in modules:
         site = _made(model, "", name, routes)
         cast(nn.ModuleList, site[name]).append(module)
-        site.bindings[name].append(Binding("", "", "", None))
+        site.bindings[name].append(Binding("", "", "", None, None))
         site[name].train(model.training)
 
 
@@ -177,9 +188,8 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
     site[name].train(place.reader.training)
     below = (path for path, module in place.reader.named_modules() if module is place.owner)
     held = Held(place.sources[delta.reads]) if delta.reads in place.sources else None
-    transposed = place.format.transposed
     site.bindings[name].append(
-        Binding(place.path, next(below, ""), place.parameter, place.spans, place.item, held, transposed)
+        Binding(place.path, next(below, ""), place.parameter, place.format, place.spans, place.item, held)
     )
     _hook(place.reader, site)
 
@@ -207,9 +217,9 @@ def _hook(module: nn.Module, site: Site) -> None:
     ]
     site.handles += [
         binding.held.source.module.register_forward_pre_hook(
-            functools.partial(_hold, held=binding.held), with_kwargs=True, prepend=True
+            functools.partial(_hold, routes=site.routes, name=name, binding=binding), with_kwargs=True, prepend=True
         )
-        for bindings in site.bindings.values()
+        for name, bindings in site.bindings.items()
         for binding in bindings
         if binding.held
     ]
@@ -232,9 +242,14 @@ def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
-def _hold(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: Held) -> None:
-    key = held.source.key
-    held.value = args[key] if isinstance(key, int) else kwargs[key]
+def _hold(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routes: Routes, name: str, binding: Binding
+) -> None:
+    """Keep what a delta will read, where it will act: what nobody takes would stay in memory."""
+    held = binding.held
+    if held is not None and routes.serves(name, binding):
+        key = held.source.key
+        held.value = args[key] if isinstance(key, int) else kwargs[key]
 
 
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -290,15 +305,15 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
-        owner = module.get_submodule(binding.owner)
-        stored = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
-        weight = stored.mT if binding.transposed else stored
+        owner, form = module.get_submodule(binding.owner), binding.format
+        weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
+        weight = form.logical(owner, weight)
         if binding.spans is None:
             weight = delta(weight)
         else:
             part = row_index(binding.spans, weight.device)
-            weight = weight.index_copy(0, part, delta(weight.index_select(0, part)))
-        owner.__dict__[binding.parameter] = weight.mT if binding.transposed else weight
+            weight = weight.index_copy(form.rows, part, delta(weight.index_select(form.rows, part)))
+        owner.__dict__[binding.parameter] = form.stored(owner, weight)
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from veneer import adapter as verbs
 from veneer import files, methods, places
 from veneer.delta import Method, Place
 from veneer.errors import CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
-from veneer.handle import Adapter, Claim
+from veneer.handle import Adapter, Claim, runs
 from veneer.interop import peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
 from veneer.seams import transformers
@@ -87,9 +87,6 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
 
 
 def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
-    groups: dict[tuple[str, str], list[Claim]] = {}
-    for claim in adapter.claims:
-        groups.setdefault((claim.where, repr(claim.method)), []).append(claim)
     return Recipe(
         format=VERSION,
         veneer=veneer.__version__,
@@ -98,14 +95,25 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
         claims=[
             _Claim(
                 method=type(claims[0].method).__name__,
-                options=asdict(claims[0].method),
-                where=where,
+                options=_options(claims[0].method),
+                where=claims[0].where,
                 places=[_place(claim.place) for claim in claims],
             )
-            for (where, _), claims in groups.items()
+            for claims in runs(adapter.claims)
         ],
         tensors=_Tensors(file=name, sha256=files.digest(packed)),
     )
+
+
+def _options(method: Method) -> dict[str, Any]:
+    """The options as the recipe holds them; a method within is {"method": its name, "options": its own}."""
+    return {field.name: _plain(vars(method)[field.name]) for field in fields(method)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Method):
+        return {"method": type(value).__name__, "options": _options(value)}
+    return {key: _plain(each) for key, each in value.items()} if isinstance(value, Mapping) else value
 
 
 def _place(place: Place) -> _Place:
@@ -210,19 +218,32 @@ def _check_sum(path: Path, recipe: Recipe) -> None:
 
 
 def _entry(claim: _Claim, path: Path) -> Entry:
-    method = vars(methods).get(claim.method)
-    if claim.method not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
-        raise FileError(
-            f"{path / RECIPE} uses the method '{claim.method}', which this Veneer does not have."
-            f"{closest(claim.method, methods.__all__)} Install a newer Veneer."
-        )
-    try:
-        built = method(**claim.options)
-    except (MethodError, TypeError) as error:
-        raise CorruptFile(f"{path / RECIPE}: {error}") from None
+    built = _method(claim.method, claim.options, path)
     named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
     named += [(path, None) for place in claim.places for path in place.tied]
     return Entry(built, claim.where, named)
+
+
+def _method(name: str, options: dict[str, Any], path: Path) -> Method:
+    """The method that a recipe describes, with those within it."""
+    method = vars(methods).get(name)
+    if name not in methods.__all__ or not isinstance(method, type) or not issubclass(method, Method):
+        raise FileError(
+            f"{path / RECIPE} uses the method '{name}', which this Veneer does not have."
+            f"{closest(name, methods.__all__)} Install a newer Veneer."
+        )
+    try:
+        return method(**{key: _unplain(value, path) for key, value in options.items()})
+    except (MethodError, TypeError) as error:
+        raise CorruptFile(f"{path / RECIPE}: {error}") from None
+
+
+def _unplain(value: Any, path: Path) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"method", "options"} and isinstance(value["options"], dict):
+        return _method(str(value["method"]), value["options"], path)
+    return {key: _unplain(each, path) for key, each in value.items()}
 
 
 def _claims(model: nn.Module, entries: Sequence[Entry], path: Path, base: dict[str, str]) -> list[Claim]:

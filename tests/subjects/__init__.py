@@ -13,6 +13,12 @@ import veneer
 
 SHARED_BY_ROWS = "every row of a batch shares"
 ACTIVATIONS = "acts on activations; it has no merged weight"
+TOKENS = tuple(name for name in FAMILIES if name != "vit")
+"""Families that embed tokens."""
+BIASED = tuple(name for name, family in FAMILIES.items() if family.biases)
+"""Families with biases to train."""
+CALLED = tuple(name for name in FAMILIES if name != "mixtral")
+"""Families whose mlp.down is a layer that is called; experts are read."""
 
 Stated = tuple[type[Exception], str]
 """The error by which Veneer says that a law cannot hold, and words of its message."""

@@ -1,11 +1,9 @@
 """LoRA and full fine-tuning."""
 
-from tiny import FAMILIES
-
 import veneer
-from subjects import SHARED_BY_ROWS, Subject
+from subjects import BIASED, SHARED_BY_ROWS, Subject
 
-BIASED = tuple(family for family in FAMILIES if family not in ("llama", "t5"))
+STORED = {"a_quantized_base_equals_its_dense_twin": (veneer.errors.MethodError, "it is stored as")}
 ROWS = {"mixed_batch_equals_rows_alone": (veneer.errors.RoutingError, SHARED_BY_ROWS)}
 
 SUBJECTS = {
@@ -14,5 +12,5 @@ SUBJECTS = {
         veneer.LoRA(rank=3, alpha=6.0, use_rslora=True, bias="all", init="orthogonal"), families=BIASED, impossible=ROWS
     ),
     "DoRA": Subject(veneer.DoRA(rank=4)),
-    "FullFineTuning": Subject(veneer.FullFineTuning(), impossible=ROWS),
+    "FullFineTuning": Subject(veneer.FullFineTuning(), impossible=ROWS | STORED),
 }

@@ -1,16 +1,14 @@
 """The other methods on weights."""
 
-from tiny import FAMILIES
-
 import veneer
-from subjects import SHARED_BY_ROWS, Subject
+from subjects import BIASED, CALLED, SHARED_BY_ROWS, Subject
 
-BIASED = tuple(family for family in FAMILIES if family not in ("llama", "t5"))
 FUSED = (veneer.errors.RoutingError, SHARED_BY_ROWS)
 ROWS = {"mixed_batch_equals_rows_alone": (veneer.errors.RoutingError, SHARED_BY_ROWS)}
 
 SUBJECTS = {
-    "IA3": Subject(veneer.IA3()),
+    "IA3": Subject(veneer.IA3(), families=CALLED),
+    "IA3-attention": Subject(veneer.IA3(feedforward="")),
     "VeRA": Subject(veneer.VeRA(rank=8)),
     "LoRAFA": Subject(veneer.LoRAFA(rank=4)),
     "OFT": Subject(veneer.OFT(block_size=8)),

@@ -2,7 +2,7 @@
 
 A format is found by the qualified names along a module's method resolution order, the most specific first, so that
 recognising transformers' Conv1D or a quantizer's linear imports neither library. A new storage is one file here and one
-row in `_KNOWN`.
+row in `_KNOWN`. Stacks of experts have a class in every model; they are known by the marks that transformers sets.
 """
 
 from __future__ import annotations
@@ -30,10 +30,16 @@ _KNOWN = {
     "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",
 }
+_EXPERTS = {"is_transposed", "is_concatenated", "has_gate", "has_bias"}
 
 
 class Format(ABC):
-    """One way to store the weight of one kind of module. Formats hold no state."""
+    """One way to store the weight of one kind of module. Formats hold no state.
+
+    `rows` is the dimension of the logical shape that holds a layer's outputs, which spans count.
+    """
+
+    rows: ClassVar[int] = 0
 
     transposed: ClassVar[bool] = False
     """Whether a weight of two dimensions is stored as [in, out]."""
@@ -53,6 +59,18 @@ class Format(ABC):
     def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
         """The logical shape [out, in, *kernel]."""
         return tuple(self.read(owner, parameter).shape)
+
+    def logical(self, owner: nn.Module, tensor: Tensor) -> Tensor:
+        """A tensor that is laid out as the stored weight, in the logical shape; shares memory with it."""
+        return tensor
+
+    def stored(self, owner: nn.Module, tensor: Tensor) -> Tensor:
+        """The reverse of `logical`."""
+        return tensor
+
+    def bias(self, parameter: str) -> str:
+        """What the bias beside a weight is called, where there is one."""
+        return parameter.replace("weight", "bias")
 
     def count(self, owner: nn.Module, parameter: str) -> int:
         """How many elements the stored parameter means, whatever it is packed into."""
@@ -80,4 +98,8 @@ def of(module: nn.Module) -> Format | None:
             file, attribute = name.split(".")
             found: Format = vars(import_module(f"{__name__}.{file}"))[attribute]()
             return found
+    if vars(module).keys() >= _EXPERTS:
+        from veneer.formats.experts import Experts
+
+        return Experts()
     return None

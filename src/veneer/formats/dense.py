@@ -19,13 +19,13 @@ class Parameter(Format):
     def read(self, owner: nn.Module, parameter: str) -> Tensor:
         tensor = owner._parameters[parameter]
         assert tensor is not None
-        return tensor.detach()
+        return self.logical(owner, tensor.detach())
 
     @torch.no_grad()
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
         tensor = owner._parameters[parameter]
         assert tensor is not None
-        tensor.copy_(weight)
+        tensor.copy_(self.stored(owner, weight))
 
 
 class Linear(Parameter):
@@ -41,13 +41,11 @@ class Linear(Parameter):
 class _Transposed(Parameter):
     """A two-dimensional weight stored as [in, out]."""
 
-    transposed = True
+    def logical(self, owner: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor.T
 
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        return super().read(owner, parameter).T
-
-    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
-        super().write(owner, parameter, weight.T)
+    def stored(self, owner: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor.T
 
 
 class Conv1D(_Transposed):

@@ -38,6 +38,10 @@ class NF4Linear(nn.Linear):
         shape = (self.out_features, self.in_features)
         return Packed(self.weight.data, state["absmax"], shape, self.block_size, state["outer"], state["offset"])
 
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """W as the numbers that its bits stand for, in `dtype` or that of the weight it was made from."""
+        return nf4_kernels.dequantize(self.packed, dtype or self.stored)
+
     def forward(self, input: Tensor) -> Tensor:
         y = nf4_kernels.multiply(input, self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -99,8 +103,7 @@ class NF4(Linear):
     def read(self, owner: nn.Module, parameter: str) -> Tensor:
         if parameter != "weight":
             return super().read(owner, parameter)
-        linear = _linear(owner)
-        return nf4_kernels.dequantize(linear.packed, linear.stored)
+        return _linear(owner).dense()
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
         return nf4_kernels.multiply(x, _linear(owner).packed)
@@ -109,7 +112,7 @@ class NF4(Linear):
         if parameter != "weight":
             return super().write(owner, parameter, weight)
         raise NotMergeable(
-            "its weight is stored in NF4, and rounding it again would lose most of a small change. Merge into a dense "
+            "it stores its weight quantized in NF4, and rounding it again would lose most of a small change. Merge into a dense "
             "copy of the base, or keep the adapter attached."
         )
 

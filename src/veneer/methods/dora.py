@@ -20,7 +20,7 @@ class _Directed(Pair):
     def __init__(self, place: Place, *pair: Any) -> None:
         super().__init__(place, *pair)
         if len(place.shape) != 2:
-            raise MethodError("DoRA needs a weight of two dimensions, and this is a convolution. Attach LoRA there.")
+            raise MethodError("DoRA needs a weight of two dimensions, and this one has more. Attach LoRA there.")
         self.base = place.product()
         self.squared: Tensor
         self.register_buffer("squared", place.read().to(self.A.dtype).square().sum(1).detach(), persistent=False)

@@ -95,7 +95,7 @@ class VeRA(Method):
 
     def build(self, place: Place) -> Delta:
         if len(place.shape) != 2:
-            raise MethodError("VeRA needs a weight of two dimensions, and this is a convolution. Attach LoRA there.")
+            raise MethodError("VeRA needs a weight of two dimensions, and this one has more. Attach LoRA there.")
         if place.functional and self.dropout:
             raise MethodError("The weight is read without a call that VeRA could drop inputs of. Set dropout=0.0.")
         return (_Inside if place.functional else _Beside)(place, self.rank, self.dropout)

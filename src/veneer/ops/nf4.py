@@ -75,6 +75,7 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     if scaled.device.type == "cpu":  # where bitsandbytes looks the number up in a table of 65,536 steps
         scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 65535 * 2 - 1
     inner = _nearest(scaled, dynamic_levels(weight.device))
+    inner[(outer == 0).repeat_interleave(OUTER)[: len(inner)]] = 0  # as bitsandbytes; any level of nothing is nothing
     return Packed(data, inner, tuple(weight.shape), block_size, outer, offset)
 
 

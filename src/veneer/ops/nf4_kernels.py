@@ -30,8 +30,9 @@ def _bitsandbytes(packed: Packed, dtype: torch.dtype) -> Tensor:
     import bitsandbytes  # noqa: F401  # registers the operators
 
     operator = torch.ops.bitsandbytes.dequantize_4bit.default
-    dense: Tensor = operator(packed.data, nf4.magnitudes(packed), packed.block_size, "nf4", packed.shape, dtype)
-    return dense
+    flat = (torch.Size(packed.shape).numel(),)  # given rows that blocks cross, 0.50.2 reads wrong magnitudes on a CPU
+    dense: Tensor = operator(packed.data, nf4.magnitudes(packed), packed.block_size, "nf4", flat, dtype)
+    return dense.view(packed.shape)
 
 
 def _table(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -79,14 +79,18 @@ class Anatomy:
     tables: tuple[str, ...] = ()
     """The embeddings that token ids are looked up in."""
 
-    def layer(self, sublayer: Sublayer) -> int:
-        """The number of the block a sublayer lies in: the innermost that holds sublayers of two kinds."""
-        full = [
-            block
-            for block in sublayer.ends.blocks
-            if len({other.kind for other in self.sublayers if block in other.ends.blocks}) > 1
-        ]
-        last = (full or sublayer.ends.blocks)[-1:]
+    @functools.cached_property
+    def full(self) -> set[str]:
+        """The repeated blocks that hold sublayers of two kinds."""
+        kinds: dict[str, set[str]] = {}
+        for sublayer in self.sublayers:
+            for block in sublayer.ends.blocks:
+                kinds.setdefault(block, set()).add(sublayer.kind)
+        return {block for block, held in kinds.items() if len(held) > 1}
+
+    def layer(self, blocks: Sequence[str]) -> int:
+        """The number of the innermost full block among these around a module, the outermost first; -1 for none."""
+        last = ([block for block in blocks if block in self.full] or blocks)[-1:]
         return int(last[0].rpartition(".")[2]) if last else -1
 
     def parts(self, role: str) -> list[tuple[str, Part]]:
@@ -115,6 +119,15 @@ def read(model: nn.Module) -> Anatomy:
     if model not in _CACHE:
         _CACHE[model] = _sublayers(_trace(model), repeated(model))
     return _CACHE[model]
+
+
+def layer(model: nn.Module, path: str) -> int:
+    """The number of the block that the module of this path lies in, -1 outside the blocks."""
+    around = sorted((block for block in repeated(model) if f"{path}.".startswith(f"{block}.")), key=len)
+    try:
+        return read(model).layer(around)
+    except UnreadableModel:
+        return Anatomy(()).layer(around[:1])
 
 
 def _trace(model: nn.Module) -> Graph:
@@ -210,7 +223,7 @@ def _sublayers(graph: Graph, blocks: list[str]) -> Anatomy:
     seen: set[tuple[str, str]] = set()
     for add, stream, branch in _residuals(graph):
         sublayer = _attention(graph, stream, branch) or _mlp(graph, stream, branch)
-        sublayer.ends = ends.find(graph, graph.nodes[add].module, stream, branch, blocks)
+        sublayer.ends = ends.find(graph, add, stream, branch, blocks)
         key = (sublayer.kind, str(sorted((k, str(v)) for k, v in sublayer.roles.items())))
         if key not in seen:
             seen.add(key)

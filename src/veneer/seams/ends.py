@@ -4,6 +4,7 @@
   over, because one dropout may serve several sublayers.
 - Its input is what its first weights read: behind the norm in a pre-norm block, the stream itself in a post-norm one.
 - The stream is the other operand of the add.
+- In a post-norm block a norm is all that reads the sum; elsewhere the sum goes on as it is.
 
 Hooks must lie inside the block, because gradient checkpointing recomputes what lies inside and nothing else.
 """
@@ -16,6 +17,7 @@ from typing import TypeVar
 
 from veneer.seams.trace import Graph
 
+_NORMS = {"layer_norm", "rms_norm", "rsqrt"}
 # What returns its input's own numbers, while evaluating.
 _SAME = {"dropout", "to", "contiguous", "view", "reshape", "clone", "type_as", "float"}
 
@@ -27,17 +29,20 @@ K = TypeVar("K")
 class Ends:
     """`output` is (module, item of what it returns or None); `sources` has "input" and "residual" as (module, key).
 
-    `blocks` are the repeated modules that it lies in, the outermost first.
+    `norm` is the module that normalises the sum, empty where the block goes on with the sum itself. `blocks` are
+    the repeated modules that it lies in, the outermost first.
     """
 
     width: int = 0
     blocks: tuple[str, ...] = ()
     output: tuple[str, Key | None] | None = None
     sources: dict[str, tuple[str, Key]] = field(default_factory=dict)
+    norm: str = ""
 
 
-def find(graph: Graph, adding: str, stream: int, branch: int, repeated: list[str]) -> Ends:
-    """The ends of the sublayer between `stream` and `branch`, whose sum the module `adding` takes."""
+def find(graph: Graph, add: int, stream: int, branch: int, repeated: list[str]) -> Ends:
+    """The ends of the sublayer between `stream` and `branch`, whose sum is the node `add`."""
+    adding = graph.nodes[add].module
     returned = _outermost(
         (call.path, key)
         for same in _same(graph, branch)
@@ -61,7 +66,16 @@ def find(graph: Graph, adding: str, stream: int, branch: int, repeated: list[str
         for name, node in ends.items()
     }
     sources = {name: end for name, end in found.items() if end is not None}
-    return Ends(graph.nodes[branch].shape[-1], tuple(around), returned, sources)
+    return Ends(graph.nodes[branch].shape[-1], tuple(around), returned, sources, _norm(graph, add, block))
+
+
+def _norm(graph: Graph, add: int, block: str) -> str:
+    """The one module of the block that reads the sum, where it is a norm; or the empty string."""
+    readers = {node.module for node in graph.nodes[add + 1 :] if add in node.inputs}
+    path = readers.pop() if len(readers) == 1 else ""
+    given = any(call.path == path and add in call.inputs.values() for call in graph.calls)
+    normal = any(node.module == path and node.op in _NORMS for node in graph.nodes[add + 1 :])
+    return path if given and normal and _inside(path, block) else ""
 
 
 def _same(graph: Graph, index: int) -> list[int]:

@@ -12,14 +12,17 @@ BATCH, LENGTH = 2, 7
 
 
 def inputs(model: Any) -> dict[str, Tensor]:
-    """Arguments for one forward: token ids, pixels, or both an encoder's and a decoder's ids."""
+    """Arguments for one forward: token ids, pixels or sound, and a decoder's ids."""
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
     if main == "pixel_values":
         return {"pixel_values": torch.zeros(BATCH, *_image(model.config))}
-    if main != "input_ids":
+    if main == "input_ids":
+        found = {"input_ids": _ids(LENGTH)}
+    elif main == "input_features" and "max_source_positions" in vars(model.config):
+        found = {main: torch.zeros(BATCH, model.config.num_mel_bins, 2 * model.config.max_source_positions)}
+    else:
         raise NotImplementedError(f"inputs of the kind '{main}'")
-    found = {"input_ids": _ids(LENGTH)}
     if "decoder_input_ids" in accepted:
         found["decoder_input_ids"] = _ids(LENGTH - 2)
     return found

@@ -3,13 +3,17 @@
 PEFT has one A and B a module. Roles of a fused projection, and LoRAs stacked
 at one place, are written as one pair whose A are put under each other and whose B stand in their own rows and columns,
 zero elsewhere: the same sum, exactly.
+
+A stack of experts is one of PEFT's `target_parameters`: A [experts·rank, in] has the experts one after the other, B
+[out, rank·experts] the experts of each rank side by side. Where several parameters of one module are adapted, PEFT
+wraps the module once for each, the first registered innermost.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,16 +36,18 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     groups = _groups(claims)
     for group in groups.values():
         place = group[0].place
-        key_a, key_b = _keys(place)
+        key_a, key_b = _keys(place, groups)
         pairs = [_pair(claim) for claim in group]
-        tensors[key_a] = torch.cat([pair.A.detach() for pair in pairs])
-        tensors[key_b] = _joined(group, pairs) * _peft_factor(place)
-    adapted = {claim.place.owner_path for group in groups.values() for claim in group}
+        A = torch.cat([pair.A.detach() for pair in pairs], dim=place.format.rows)
+        B = _joined(group, pairs) * _peft_factor(place)
+        if _is_stack(place):
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        tensors[key_a], tensors[key_b] = A, B
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
             for place in (claim.place, *claim.place.tied):
-                tensors[_whole_key(place, adapted)] = value.detach()
+                tensors[_whole_key(place, groups)] = value.detach()
     return tensors
 
 
@@ -49,20 +55,18 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
     """Fill the claims' A and B."""
     groups = _groups(claims)
     for group in groups.values():
-        key_a, key_b = _keys(group[0].place)
-        start = 0
+        A, B = _factors(group[0].place, groups, tensors)
+        dim, start = group[0].place.format.rows, 0
         for claim in group:
             pair = _pair(claim)
-            columns = slice(start, start + pair.rank)
-            rows = _rows(claim.place, tensors[key_b])
-            fill(pair.A, tensors[key_a][columns])
-            fill(pair.B, tensors[key_b][rows][:, columns] / _peft_factor(claim.place))
+            fill(pair.A, A.narrow(dim, start, pair.rank))
+            columns = B.narrow(dim + 1, start, pair.rank)
+            fill(pair.B, columns.index_select(dim, _rows(claim.place, B)) / _peft_factor(claim.place))
             start += pair.rank
-    adapted = {claim.place.owner_path for group in groups.values() for claim in group}
     for claim in claims:
         if isinstance(claim.method, FullFineTuning):
             (value,) = claim.delta.parameters()
-            fill(value, tensors[_whole_key(claim.place, adapted)])
+            fill(value, tensors[_whole_key(claim.place, groups)])
 
 
 def to_config(adapter: Adapter) -> dict[str, Any]:
@@ -71,10 +75,12 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
     rslora = all(isinstance(c.method, LoRA) and c.method.use_rslora for group in groups.values() for c in group)
     sizes: dict[str, tuple[int, float]] = {}
     for group in groups.values():
-        path = _attention(group[0].place) or group[0].place.owner_path
+        place = group[0].place
+        path = place.path.partition("[")[0] if _is_stack(place) else _attention(place) or place.owner_path
         size = _size(group, rslora)
         if sizes.setdefault(path, size) != size:
             raise NotInPEFT(f"PEFT adapts in_proj_weight and out_proj of {path} with one rank and one alpha")
+    stacks = {path for path in sizes if path in groups}
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     lora = next(claim.method for group in groups.values() for claim in group)
     assert isinstance(lora, LoRA)
@@ -89,7 +95,8 @@ def to_config(adapter: Adapter) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {path: r for path, (r, _) in sorted(sizes.items()) if r != rank},
-        "target_modules": target_modules(adapter.model, set(sizes)),
+        "target_modules": target_modules(adapter.model, set(sizes) - stacks),
+        **({"target_parameters": sorted(stacks)} if stacks else {}),
         "use_dora": False,
         "use_rslora": rslora,
     }
@@ -100,7 +107,7 @@ def _groups(claims: Sequence[Claim]) -> dict[str, list[Claim]]:
     groups: dict[str, list[Claim]] = {}
     for claim in claims:
         if isinstance(claim.method, LoRA):
-            groups.setdefault(f"{claim.place.owner_path}:{claim.place.parameter}", []).append(claim)
+            groups.setdefault(f"{claim.place.owner_path}.{claim.place.parameter}", []).append(claim)
         elif not isinstance(claim.method, FullFineTuning):
             raise NotInPEFT(f"{type(claim.method).__name__} is no method that PEFT's LoRA files can hold")
     if not groups:
@@ -124,20 +131,32 @@ def _pair(claim: Claim) -> Pair:
     return claim.delta
 
 
+def _is_stack(place: Place) -> bool:
+    return place.format.rows == 1
+
+
 def _rows(place: Place, B: Tensor) -> Tensor:
     """The rows of the module's B that belong to this place."""
-    return row_index(place.spans or ((0, len(B)),), B.device)
+    return row_index(place.spans or ((0, B.shape[place.format.rows]),), B.device)
+
+
+def _factors(place: Place, groups: Mapping[str, Any], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """A and B of the module, a stack's in Veneer's shapes."""
+    A, B = (tensors[key] for key in _keys(place, groups))
+    if _is_stack(place):
+        A, B = A.unflatten(0, (place.shape[0], -1)), B.unflatten(1, (-1, place.shape[0])).permute(2, 0, 1)
+    return A, B
 
 
 def _joined(group: Sequence[Claim], pairs: Sequence[Pair]) -> Tensor:
     if len(group) == 1 and group[0].place.spans is None:
         return pairs[0].B.detach()
-    place = group[0].place
-    out = place.format.shape(place.owner, place.parameter)[0]
-    joined = pairs[0].B.new_zeros(out, sum(pair.rank for pair in pairs))
+    place, dim = group[0].place, group[0].place.format.rows
+    shape = place.format.shape(place.owner, place.parameter)[: dim + 1]
+    joined = pairs[0].B.new_zeros(*shape, sum(pair.rank for pair in pairs))
     start = 0
     for claim, pair in zip(group, pairs, strict=True):
-        joined[_rows(claim.place, joined), start : start + pair.rank] = pair.B.detach()
+        joined.narrow(dim + 1, start, pair.rank).index_copy_(dim, _rows(claim.place, joined), pair.B.detach())
         start += pair.rank
     return joined
 
@@ -178,19 +197,27 @@ def _stem(place: Place) -> str:
     return f"{PREFIX}{place.owner_path}"
 
 
-def _keys(place: Place) -> tuple[str, str]:
-    if place.functional and place.parameter not in ("in_proj_weight", "weight"):
+def _keys(place: Place, groups: Mapping[str, Any]) -> tuple[str, str]:
+    if place.functional and place.parameter not in ("in_proj_weight", "weight") and not _is_stack(place):
         raise NotInPEFT(f"PEFT has no LoRA on {place.path}")
+    names = _wrapped(place, groups)
+    stem = _stem(place) + ".base_layer" * (len(names) - 1 - names.index(place.parameter))
     if isinstance(place.owner, nn.Embedding):
-        return f"{_stem(place)}.lora_embedding_A", f"{_stem(place)}.lora_embedding_B"
-    return f"{_stem(place)}.lora_A.weight", f"{_stem(place)}.lora_B.weight"
+        return f"{stem}.lora_embedding_A", f"{stem}.lora_embedding_B"
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
 
 
-def _whole_key(place: Place, adapted: set[str]) -> str:
-    """PEFT's key of a parameter trained whole: below `base_layer` where LoRA wraps its module."""
-    if place.owner_path in adapted:
-        return f"{_stem(place)}.base_layer.{place.parameter}"
-    if place.parameter == "in_proj_bias" and f"{place.owner_path}.out_proj" in adapted:
+def _wrapped(place: Place, groups: Mapping[str, Any]) -> list[str]:
+    """The adapted parameters of the place's module, in PEFT's order of wrapping: the last is outermost."""
+    return [name for name in place.owner._parameters if f"{place.owner_path}.{name}" in groups]
+
+
+def _whole_key(place: Place, groups: Mapping[str, Any]) -> str:
+    """PEFT's key of a parameter trained whole: below a `base_layer` for each time that LoRA wraps its module."""
+    wraps = len(_wrapped(place, groups))
+    if wraps:
+        return f"{_stem(place)}{'.base_layer' * wraps}.{place.parameter}"
+    if place.parameter == "in_proj_bias" and f"{place.owner_path}.out_proj.weight" in groups:
         raise NotInPEFT("PEFT does not save the in_proj_bias of an nn.MultiheadAttention that it adapts")
     return f"{PREFIX}{place.owner_path}.{place.parameter}"
 

@@ -26,7 +26,14 @@ _HARMLESS = {
     ),
     *("init_lora_weights", "megatron_core", "qalora_group_size", "fan_in_fan_out", "corda_config", "eva_config"),
     *("lora_ga_config", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "modules_to_save", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "modules_to_save",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+    ),
 }
 
 
@@ -44,7 +51,9 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
         patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptFile(f"{file} is no config of a LoRA: {error}.") from None
-    modules = _adapted(keys)
+    adapted = _adapted(keys)
+    stacks = _stacks(model, config, adapted, file)
+    modules = {stacks.get(path, path) for path in adapted}
     _refuse_incomplete(model, config, modules, file)
     lora = _with_patterns(lora, patterns, modules, file)
     for name in names(config, "modules_to_save", file):
@@ -76,19 +85,42 @@ def _adapted(keys: set[str]) -> set[str]:
     return {key.removeprefix(PREFIX).partition(".lora_")[0] for key in keys if ".lora_" in key}
 
 
+def _stacks(model: nn.Module, config: dict[str, Any], adapted: set[str], file: str) -> dict[str, str]:
+    """Veneer's paths of the parameters that PEFT adapts by name, by PEFT's paths of the wrappers around their module.
+
+    The wrapper of the parameter that is registered last is outermost.
+    """
+    ends = names(config, "target_parameters", file)
+    owners: dict[str, list[str]] = {}
+    for path, place in places.weights(model).items():
+        parameter = f"{place.owner_path}.{place.parameter}"
+        if any(parameter == end or parameter.endswith(f".{end}") for end in ends):
+            owners.setdefault(place.owner_path, []).append(path)
+    found = {
+        owner + ".base_layer" * (len(paths) - 1 - i): path
+        for owner, paths in owners.items()
+        for i, path in enumerate(paths)
+    }
+    lost = [path for wrapper, path in found.items() if wrapper not in adapted]
+    if lost:
+        raise CorruptFile(f"{file} names {listed(sorted(lost))}, for which its tensors are missing.")
+    return found
+
+
 def _refuse_incomplete(model: nn.Module, config: dict[str, Any], modules: set[str], file: str) -> None:
     """A module that the config names and the model has must have tensors: a file may have lost some."""
     if config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return
     targets = config.get("target_modules")
+    modules_only = [path for path, place in places.weights(model).items() if place.format.rows == 0]
     if targets == "all-linear":
         return
     if isinstance(targets, str):
         match = regex(targets, "target_modules", file).fullmatch
-        named = {path for path in places.weights(model) if match(path)}
+        named = {path for path in modules_only if match(path)}
     else:
         ends = names(config, "target_modules", file)
-        named = {path for path in places.weights(model) if any(path == t or path.endswith(f".{t}") for t in ends)}
+        named = {path for path in modules_only if any(path == t or path.endswith(f".{t}") for t in ends)}
     saved = names(config, "modules_to_save", file)
     named = {path for path in named if not any(re.search(rf"(^|\.){re.escape(s)}($|\.)", path) for s in saved)}
     lost = named - modules - {path.replace(".base_layer.", ".") for path in modules}
@@ -122,4 +154,4 @@ def _paths(model: nn.Module, modules: set[str]) -> list[str]:
 
 
 def _whole_path(key: str) -> str:
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return re.sub(r"(\.base_layer)+\.", ".", key.removeprefix(PREFIX))
