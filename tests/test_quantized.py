@@ -23,14 +23,15 @@ from transformers import (
 import veneer
 from veneer import formats
 from veneer.errors import MethodError, NotMergeable
+from veneer.formats.nf4 import NF4Linear
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # bitsandbytes says at import which kernels it does without on a CPU
     import bitsandbytes as bnb
 
 WIDTH, INNER = 64, 128
-KINDS = ["nf4", "nf4-double", "fp4", "int8"]
-FOUR_BIT = KINDS[:3]
+KINDS = ["nf4", "nf4-double", "fp4", "own-nf4", "own-nf4-double", "int8"]
+FOUR_BIT = KINDS[:5]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """Float32: the quantized product may be summed in another order than the dense one."""
 FAMILIES = {
@@ -54,7 +55,9 @@ def dense(family: str = "llama") -> nn.Module:
 
 
 def quantize(linear: nn.Linear, kind: str) -> nn.Linear:
-    """A linear as transformers' BitsAndBytesConfig makes it."""
+    """A linear as transformers' BitsAndBytesConfig makes it, or as Veneer's own quantize does."""
+    if kind.startswith("own"):
+        return NF4Linear(linear, block_size=64, double_quant=kind.endswith("double"))
     size, bias = (linear.in_features, linear.out_features), linear.bias
     if kind == "int8":
         new = bnb.nn.Linear8bitLt(*size, bias=bias is not None, has_fp16_weights=False, threshold=6.0)

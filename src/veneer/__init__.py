@@ -75,6 +75,10 @@ from veneer.methods import (
     TrainableTokens,
     VeRA,
 )
+from veneer.quantizing import (
+    NF4,
+    quantize,
+)
 from veneer.routing import (
     activate,
     use,
@@ -112,6 +116,7 @@ __all__ = [
     "LoRAFA",
     "Method",
     "MiSS",
+    "NF4",
     "OFT",
     "PTuning",
     "ParameterCount",
@@ -134,6 +139,7 @@ __all__ = [
     "fuse",
     "load",
     "merge",
+    "quantize",
     "save",
     "start_prefix",
     "to_lora",

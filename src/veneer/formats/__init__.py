@@ -26,6 +26,7 @@ _KNOWN = {
     "torch.nn.modules.activation.MultiheadAttention": "attention.MultiheadAttention",
     "torch.nn.modules.transformer.TransformerEncoderLayer": "attention.TransformerEncoderLayer",
     "transformers.pytorch_utils.Conv1D": "dense.Conv1D",
+    "veneer.formats.nf4.NF4Linear": "nf4.NF4",
     "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",
 }

@@ -1,0 +1,109 @@
+"""NF4: four bits a weight, on levels that a normal distribution fills evenly (the reference, in plain torch).
+
+A weight is cut, row by row, into blocks; each is divided by its largest magnitude, and every value becomes the number
+of the nearest of 16 levels. Two numbers share a byte, the first in the high half. With double quantization the blocks'
+magnitudes are themselves stored in 8 bits, in blocks of 256 around their mean: 4.127 bits a weight in all.
+
+Paper: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", NeurIPS 2023, arXiv:2305.14314. The bytes are
+those of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+OUTER = 256
+"""How many magnitudes share a second-level one."""
+
+
+def levels(device: torch.device | str = "cpu") -> Tensor:
+    """The 16 levels, ascending."""
+    return torch.tensor(LEVELS, dtype=torch.float32, device=device)
+
+
+def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
+    """The 256 levels of the 8-bit dynamic type: seven signed decades, each with twice the steps of the one below."""
+    found = [torch.tensor([0.0, 1.0])]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
+        found += [middles, -middles]
+    return torch.cat(found).sort().values.to(device)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantized weight: bytes [ceil(n / 2), 1], and a magnitude a block, in float32 or in 8 bits."""
+
+    data: Tensor
+    absmax: Tensor
+    shape: tuple[int, ...]
+    block_size: int
+    outer: Tensor | None = None
+    """Second-level magnitudes; None without double quantization."""
+    offset: Tensor | None = None
+    """The mean that was taken off the magnitudes."""
+
+    @property
+    def bits(self) -> float:
+        """Stored bits a weight."""
+        stored = [self.data, self.absmax, self.outer, self.offset]
+        size = sum(t.numel() * t.element_size() for t in stored if t is not None)
+        return 8 * size / max(1, torch.Size(self.shape).numel())
+
+
+def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Packed:
+    """Pack a finite weight of any shape; the last block may be partial. Ties go to the lower level."""
+    scaled, absmax = _scaled(weight.detach().float().flatten(), block_size)
+    codes = _nearest(scaled, levels(weight.device))
+    if len(codes) % 2:
+        codes = torch.cat([codes, codes.new_full((1,), LEVELS.index(0.0))])
+    data = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
+    if not double_quant:
+        return Packed(data, absmax, tuple(weight.shape), block_size)
+    offset = absmax.mean()
+    scaled, outer = _scaled(absmax - offset, OUTER)
+    if scaled.device.type == "cpu":  # where bitsandbytes looks the number up in a table of 65,536 steps
+        scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 65535 * 2 - 1
+    inner = _nearest(scaled, dynamic_levels(weight.device))
+    inner[(outer == 0).repeat_interleave(OUTER)[: len(inner)]] = 0  # as bitsandbytes; any level of nothing is nothing
+    return Packed(data, inner, tuple(weight.shape), block_size, outer, offset)
+
+
+def _scaled(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(the values of each block divided by its largest magnitude, those magnitudes)."""
+    whole = torch.nn.functional.pad(flat, (0, -len(flat) % size)).view(-1, size)
+    absmax = whole.abs().amax(1)
+    inverse = torch.where(absmax > 0, 1 / absmax, torch.zeros_like(absmax))
+    return (whole * inverse.unsqueeze(1)).clamp(-1, 1).flatten()[: len(flat)], absmax
+
+
+def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
+    """The number of the nearest level of each value."""
+    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+
+
+def magnitudes(packed: Packed) -> Tensor:
+    """The float32 magnitude of each block."""
+    if packed.outer is None or packed.offset is None:
+        return packed.absmax
+    values = dynamic_levels(packed.absmax.device)[packed.absmax.int()]
+    outer = packed.outer.repeat_interleave(OUTER)[: len(values)]
+    return values * outer + packed.offset
+
+
+def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
+    """The dense weight: level times magnitude in float32, rounded once to `dtype`."""
+    codes = torch.stack([packed.data >> 4, packed.data & 15], dim=-1).flatten()[: torch.Size(packed.shape).numel()]
+    values = levels(codes.device)[codes.int()]
+    scales = magnitudes(packed).repeat_interleave(packed.block_size)[: len(values)]
+    return (values * scales).to(dtype).view(packed.shape)
