@@ -112,8 +112,8 @@ class NF4(Linear):
         if parameter != "weight":
             return super().write(owner, parameter, weight)
         raise NotMergeable(
-            "it stores its weight quantized in NF4, and rounding it again would lose most of a small change. Merge into "
-            "a dense copy of the base, or keep the adapter attached."
+            "it stores its weight quantized in NF4, and rounding it again would lose most of a small change. "
+            "Merge into a dense copy of the base, or keep the adapter attached."
         )
 
 
