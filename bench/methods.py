@@ -1,6 +1,6 @@
 """Which method does best on a small real task? All of them on MiniLM and film reviews, against frozen features.
 
-    .venv/bin/python bench/methods.py [--steps 250] [--only LoRA DoRA]
+    .venv/bin/python bench/methods.py [--steps 120] [--only LoRA DoRA]
 
 The baseline trains the classification head alone on the frozen model (`head`), and a logistic regression on its mean-
 pooled features (`features`), whichever is better. Each method trains the same head beside its own parameters, with the
@@ -30,7 +30,7 @@ import veneer
 from veneer.samples import minilm, sentiment
 from veneer.train.machine import fitting_threads
 
-STEPS, BATCH, HELD_OUT, SEED = 250, 32, 1000, 0
+STEPS, BATCH, HELD_OUT, SEED = 120, 32, 1000, 0
 HEAD = ["classifier"]
 SUBLAYERS = "attention | mlp"
 
@@ -122,11 +122,12 @@ class Task:
         self.tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
         training, held_out = sentiment.load(HELD_OUT, SEED)
         order = random.Random(SEED)
-        self.training = [
-            self._batch(sorted(chunk, key=lambda s: len(s.text))[i :: len(chunk) // BATCH])
-            for chunk in [order.sample(training, BATCH * 10) for _ in range(-(-steps // 10))]
-            for i in range(10)
-        ][:steps]
+        batches = []
+        while len(batches) < steps:  # sentences of like length together, so that little is padded
+            chunk = sorted(order.sample(training, BATCH * 10), key=lambda s: len(s.text))
+            batches += order.sample([chunk[i : i + BATCH] for i in range(0, len(chunk), BATCH)], 10)
+        self.training = [self._batch(batch) for batch in batches[:steps]]
+        held_out.sort(key=lambda s: len(s.text))
         self.held_out = [self._batch(held_out[i : i + 100]) for i in range(0, HELD_OUT, 100)]
 
     def _batch(self, sentences: list[sentiment.Sentence]) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ class Task:
         """MiniLM with a fresh head, the same each time."""
         torch.manual_seed(SEED)
         return AutoModelForSequenceClassification.from_pretrained(
-            minilm.folder(), num_labels=2, dtype=torch.bfloat16, local_files_only=True
+            minilm.folder(), num_labels=2, dtype=torch.float32, local_files_only=True
         ).eval()
 
     def run(self, name: str, entry: Entry | None) -> Result:

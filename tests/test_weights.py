@@ -366,3 +366,10 @@ def damaged(tmp_path, peft_type, **change):
 def test_foreign_configs_are_refused_by_name(tmp_path, peft_type, change, kind, words):
     with pytest.raises(kind, match=words):
         veneer.load(FAMILIES["llama"].model(), damaged(tmp_path, peft_type, **change))
+
+
+def test_a_sequence_would_run_what_is_shared():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    with pytest.raises(veneer.errors.PlaceError, match=r"An nn\.Sequential runs every child it has"):
+        veneer.attach(model, veneer.VeRA(rank=2), "*")
+    assert model(torch.ones(1, 8)).shape == (1, 4)

@@ -177,6 +177,11 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
     """Stand checked claims on the model under a name, freeze the rest, and make the adapter the active one."""
     state = state_of(model)
     places.check_name(model, name, list(state.adapters))
+    if isinstance(model, nn.Sequential) and any(one.place.shared is not None for one in claims):
+        raise PlaceError(
+            "An nn.Sequential runs every child it has, and would run what the places of this method share. Put it into a "
+            "module of your own."
+        )
     for one in claims:
         if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
             raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
