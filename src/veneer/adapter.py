@@ -179,7 +179,7 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
     places.check_name(model, name, list(state.adapters))
     if isinstance(model, nn.Sequential) and any(one.place.shared is not None for one in claims):
         raise PlaceError(
-            "An nn.Sequential runs every child it has, and would run what the places of this method share. Put it into a "
+            "An nn.Sequential runs every child it has, and would run what places of this method share. Put it into a "
             "module of your own."
         )
     for one in claims:
