@@ -37,8 +37,8 @@ from veneer.seams import anatomy, probe  # noqa: E402
 
 METHODS: dict[str, tuple[veneer.Method, str]] = {
     "LoRA": (veneer.LoRA(rank=2), "linear"),
-    "BottleneckAdapter": (veneer.BottleneckAdapter(width=2), "block"),
-    "PrefixTuning": (veneer.PrefixTuning(length=2), "block"),
+    "BottleneckAdapter": (veneer.BottleneckAdapter(width=2, activation="tanh"), "block"),
+    "PrefixTuning": (veneer.PrefixTuning(length=2), "re:.*"),
 }
 FLOORS = {
     "LoRA attached": 550,
@@ -279,7 +279,7 @@ MEANINGS = {
     "LoRA": "LoRA on `linear` gets a gradient in every parameter",
     "BottleneckAdapter": "a bottleneck adapter in every sublayer gets a gradient in every parameter",
     "BottleneckAdapter, text": "bottleneck adapters likewise, of causal and sequence-to-sequence language models alone",
-    "PrefixTuning": "a prefix in every attention gets a gradient in every parameter",
+    "PrefixTuning": "a prefix in every attention that keys can stand in front of gets a gradient in every parameter",
 }
 LETTERS = {"attention": "qkvo", "cross_attention": "qkvo", "mlp": ("gate", "up", "down")}
 

@@ -164,7 +164,14 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     tiny = config(model_type)
     if not isinstance(tiny, cls.config_class):  # a model of text that is built from the config of text and images
-        tiny = tiny.get_text_config()
+        try:
+            return _built(cls, tiny.get_text_config())
+        except AttributeError:  # or one of both, with the class of another model type
+            pass
+    return _built(cls, tiny)
+
+
+def _built(cls: Any, tiny: PreTrainedConfig) -> nn.Module:
     try:
         model = cls._from_config(copy.deepcopy(tiny), attn_implementation="sdpa")
     except ValueError as error:

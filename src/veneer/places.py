@@ -280,7 +280,7 @@ def _by_role(model: nn.Module, role: str, inventory: dict[str, Place], unit: Uni
 def _refuse_unreached(model: nn.Module, role: str, inventory: dict[str, Place]) -> None:
     """Raise where a role means attentions whose keys and values cannot be reached: none is left out in silence."""
     sublayers = [
-        s for s in anatomy.read(model).sublayers if s.kind == role or (role == "block" and "mlp" not in s.kind)
+        s for s in anatomy.read(model).sublayers if s.kind == role or (role == "block" and s.kind.endswith("attention"))
     ]
     missing = [s for s in sublayers if s.module not in inventory]
     if missing:
