@@ -52,7 +52,7 @@ METHODS: dict[str, Entry] = {
     "AdaLoRA": Entry(veneer.AdaLoRA(total_steps=STEPS, initial_rank=12, target_rank=8, orthogonality=0.1), lr=2e-2),
     "VeRA": Entry(veneer.VeRA(rank=256), lr=2e-2),
     "HiRA": Entry(veneer.HiRA(rank=32), lr=5e-3),
-    "MiSS": Entry(veneer.MiSS(rank=16), lr=3e-3),
+    "MiSS": Entry(veneer.MiSS(rank=16), lr=1e-3),
     "SHiRA": Entry(veneer.SHiRA(rank=8, seed=0), lr=2e-3),
     "OFT": Entry(veneer.OFT(block_size=32), lr=2e-3),
     "IA3": Entry(veneer.IA3(), lr=2e-2),
@@ -64,7 +64,7 @@ METHODS: dict[str, Entry] = {
     "Pfeiffer": Entry(veneer.BottleneckAdapter.pfeiffer(), "mlp"),
     "parallel adapter": Entry(veneer.BottleneckAdapter.parallel(), "mlp", lr=3e-4),
     "Compacter": Entry(veneer.Compacter(), SUBLAYERS, lr=1e-2),
-    "BitFit": Entry(veneer.BitFit(), "bert", lr=2e-3),
+    "BitFit": Entry(veneer.BitFit(), "bert", lr=5e-3),
     "LayerNorm tuning": Entry(veneer.LayerNormTuning(), lr=5e-3),
     "MAM": Entry(
         {
