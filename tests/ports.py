@@ -78,24 +78,3 @@ class KeySlots(veneer.Method):
 
     def build(self, place):
         return _Slots(place, self.length)
-
-
-class _Bottleneck(veneer.After):
-    def __init__(self, place: veneer.Place) -> None:
-        super().__init__()
-        self.down = nn.Parameter(torch.randn(2, place.shape[0], **place.new))
-        self.up = nn.Parameter(torch.zeros(place.shape[0], 2, **place.new))
-
-    def forward(self, x, y):
-        return y + (torch.tanh(y @ self.down.T.to(y.dtype)) @ self.up.T.to(y.dtype))
-
-
-@dataclass(frozen=True)
-class SerialAdapter(veneer.Method):
-    """A bottleneck behind every sublayer."""
-
-    unit = "sublayer"
-    default_where = "block"
-
-    def build(self, place):
-        return _Bottleneck(place)

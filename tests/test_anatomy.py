@@ -10,7 +10,6 @@ import architectures
 import pytest
 import torch
 import walk_architectures as walk
-from ports import SerialAdapter
 from tiny import FAMILIES
 
 import veneer
@@ -133,7 +132,7 @@ def test_sublayers_train(model_type):
     batch = next(probe.candidates(model))
     with torch.no_grad():
         base = walk.answers(model, batch)
-    found = walk.try_method(model, SerialAdapter(), "block", batch, base)
+    found = walk.try_method(model, veneer.BottleneckAdapter(width=2, activation="tanh"), "block", batch, base)
     assert found["identity"]
     assert found["not reached"] == found["without gradient"] == 0
     per_block = 3 if model_type == "whisper" else 2

@@ -181,3 +181,11 @@ def test_copies_keep_their_weights():
     model, batch = llama(), FAMILIES["llama"].batch()
     with torch.no_grad():
         assert torch.equal(logits(copy.deepcopy(model), batch), logits(model, batch))
+
+
+def test_a_shared_weight_is_refused_before_anything_is_quantized():
+    model = FAMILIES["llama"].model().float()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(PlaceError, match=r"mlp\.up_proj shares its weight with another module"):
+        veneer.quantize(model, veneer.NF4())
+    assert not any(isinstance(module, NF4Linear) for module in model.modules())

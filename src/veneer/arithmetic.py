@@ -16,7 +16,8 @@ from veneer.adapter import build, install
 from veneer.changes import Change, Thin, change, dare, dense, scaled, ties, total, truncated, whole
 from veneer.delta import Delta, Place
 from veneer.errors import AdapterError, MethodError, NotMergeable, listed
-from veneer.handle import Adapter, Claim, handle, runs, state_of
+from veneer.fusing import described, mean
+from veneer.handle import Adapter, Claim, handle, state_of
 from veneer.methods import FullFineTuning, LoRA
 
 How = Literal["sum", "concatenate", "svd", "ties", "dare", "average"]
@@ -311,7 +312,7 @@ def _average(chosen: Sequence[Part]) -> list[Claim]:
                 "products. Use how='sum' with weights that sum to 1, or how='svd'."
             )
     for other in others:
-        if _described(other) != _described(first):
+        if described(other) != described(first):
             raise AdapterError(
                 f"'{first.name}' and '{other.name}' have different methods or places; only the same at the same places "
                 "have a mean."
@@ -319,25 +320,7 @@ def _average(chosen: Sequence[Part]) -> list[Claim]:
     size = sum(weight for _, weight in chosen)
     if not size:
         raise AdapterError("The weights sum to zero; a mean divides by their sum.")
-    claims = [
-        new
-        for run in runs(first.claims)
-        for new in build(dataclasses.replace(run[0].method), [one.place for one in run], run[0].where)
-    ]
-    states = [(weight / size, adapter.state_dict()) for adapter, weight in chosen]
-    for key, tensor in Adapter("", first.model, claims).named_tensors():
-        values = [state[key] for _, state in states]
-        if tensor.is_floating_point():
-            tensor.data = torch.stack([state[key] * share for share, state in states]).sum(0)
-        elif all(torch.equal(value, values[0]) for value in values):
-            tensor.data = values[0].clone()
-        else:
-            raise AdapterError(f"{key} holds no numbers that have a mean, and differs between the adapters.")
-    return claims
-
-
-def _described(adapter: Adapter) -> list[tuple[object, ...]]:
-    return [(one.method, one.place.path, one.place.spans) for one in adapter.claims]
+    return mean([(adapter, weight / size) for adapter, weight in chosen])
 
 
 def _set(delta: Delta, name: str, value: Tensor) -> None:

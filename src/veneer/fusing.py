@@ -71,19 +71,25 @@ def _attending(method: AdapterFusion, parts: Sequence[Adapter]) -> list[Claim]:
 def _average(parts: Sequence[Adapter]) -> list[Claim]:
     first, *others = parts
     for other in others:
-        if _described(other) != _described(first):
+        if described(other) != described(first):
             raise AdapterError(
                 f"Only adapters of the same method at the same places have a mean; '{other.name}' and '{first.name}' "
                 'differ. Use how="stack", or attach them alike.'
             )
+    return mean([(part, 1 / len(parts)) for part in parts])
+
+
+def mean(shares: Sequence[tuple[Adapter, float]]) -> list[Claim]:
+    """The claims of adapters that `described` gives alike, built anew, with the sum of share times tensor."""
+    first = shares[0][0]
     claims = [one for run in runs(first.claims) for one in _again(run)]
-    states = [part.state_dict() for part in parts]
+    states = [(share, adapter.state_dict()) for adapter, share in shares]
     for key, tensor in Adapter("", first.model, claims).named_tensors():
-        tensors = [state[key] for state in states]
+        values = [state[key] for _, state in states]
         if tensor.is_floating_point():
-            tensor.data = torch.stack(tensors).mean(0)
-        elif all(torch.equal(tensors[0], each) for each in tensors):
-            tensor.data = tensors[0].clone()
+            tensor.data = torch.stack([share * state[key] for share, state in states]).sum(0)
+        elif all(torch.equal(values[0], each) for each in values):
+            tensor.data = values[0].clone()
         else:
             raise AdapterError(f"{key} holds no numbers to take the mean of, and differs between the adapters.")
     return claims
@@ -116,7 +122,8 @@ def _paths(claims: Sequence[Claim]) -> list[str]:
     return [one.place.path for one in claims]
 
 
-def _described(adapter: Adapter) -> list[tuple[Any, ...]]:
+def described(adapter: Adapter) -> list[tuple[Any, ...]]:
+    """What two adapters must have in common for their weights to have a mean: methods and places, in order."""
     return [(one.method, one.place.path, one.place.spans) for one in adapter.claims]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -29,9 +30,9 @@ class Prompt(Input):
         super().__init__()
         self.slots = length
 
+    @abstractmethod
     def prompt(self) -> Tensor:
         """The embeddings as they are now."""
-        raise NotImplementedError
 
     def forward(self, ids: Tensor | None, embeddings: Tensor) -> Tensor:
         front = self.prompt().to(embeddings.dtype).to(embeddings.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,28 +51,15 @@ def quantize(model: nn.Module, method: NF4, where: str = "linear", *, skip: Sequ
     found = [place for place in places.find(model, where, "weight") if type(place.format) is dense.Linear]
     left_out = {place.path for text in skip for place in places.find(model, text, "weight")}
     chosen = [place for place in found if place.path not in left_out and not place.functional]
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for place in chosen:
         if not place.weight.is_meta and not torch.isfinite(place.weight).all():
             raise PlaceError(f"{place.path} has weights that are not finite, which no level can stand for. Mend them.")
-    tied = {id(p) for p in _tied(model)}
-    for place in chosen:
-        if id(place.weight) in tied:
+        if holders[id(place.weight)] > 1:
             raise PlaceError(f"{place.path} shares its weight with another module. Name it in skip=['{place.path}'].")
+    for place in chosen:
         parent, _, name = place.owner_path.rpartition(".")
         assert isinstance(place.owner, nn.Linear)
         quantized = NF4Linear(place.owner, method.block_size, method.double_quant)
         model.get_submodule(parent)._modules[name] = quantized
     return model
-
-
-def _tied(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that more than one module holds."""
-    seen: dict[int, int] = {}
-    shared = []
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-                if seen[id(parameter)] == 2:
-                    shared.append(parameter)
-    return shared

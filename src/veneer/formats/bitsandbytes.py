@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from veneer import layers
 from veneer.errors import NotMergeable
 from veneer.formats.dense import Linear
+from veneer.ops import nf4
 
 
 class _Quantized(Linear):
@@ -64,3 +66,13 @@ class Linear8bitLt(_Quantized):
         scale: Tensor = state.SCB if weight.SCB is None else weight.SCB
         dense: Tensor = weight.data.float() * (scale.float() / 127).unsqueeze(1)
         return dense
+
+
+def dequantize_nf4(packed: nf4.Packed, dtype: torch.dtype) -> Tensor:
+    """The dense weight of Veneer's NF4 by bitsandbytes' operator, which has the same bytes."""
+    import bitsandbytes  # noqa: F401  # registers the operators
+
+    operator = torch.ops.bitsandbytes.dequantize_4bit.default
+    flat = (torch.Size(packed.shape).numel(),)  # given rows that blocks cross, 0.50.2 reads wrong magnitudes on a CPU
+    dense: Tensor = operator(packed.data, nf4.magnitudes(packed), packed.block_size, "nf4", flat, dtype)
+    return dense.view(packed.shape)

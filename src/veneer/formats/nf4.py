@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from veneer import layers
 from veneer.errors import CorruptFile, NotMergeable
+from veneer.formats import bitsandbytes
 from veneer.formats.dense import Linear
 from veneer.ops import nf4, nf4_kernels
 from veneer.ops.nf4 import Packed
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+nf4_kernels.KERNELS = {"bitsandbytes": bitsandbytes.dequantize_nf4, **nf4_kernels.KERNELS}
 
 
 class NF4Linear(nn.Linear):
@@ -26,8 +31,9 @@ class NF4Linear(nn.Linear):
         self.block_size, self.stored = block_size, linear.weight.dtype
         packed = nf4.quantize(linear.weight, block_size, double_quant)
         self.weight = nn.Parameter(packed.data, requires_grad=False)
-        for name in ("absmax", "outer", "offset"):
-            self.register_buffer(name, getattr(packed, name), persistent=False)
+        self.register_buffer("absmax", packed.absmax, persistent=False)
+        self.register_buffer("outer", packed.outer, persistent=False)
+        self.register_buffer("offset", packed.offset, persistent=False)
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -59,10 +65,10 @@ class NF4Linear(nn.Linear):
             "shape": list(packed.shape),
         }
         destination[f"{prefix}weight.absmax"] = packed.absmax
-        destination[f"{prefix}weight.quant_map"] = nf4.levels(packed.data.device)
+        destination[f"{prefix}weight.quant_map"] = nf4.levels(packed.data.device).clone()
         if packed.outer is not None and packed.offset is not None:
             destination[f"{prefix}weight.nested_absmax"] = packed.outer
-            destination[f"{prefix}weight.nested_quant_map"] = nf4.dynamic_levels(packed.data.device)
+            destination[f"{prefix}weight.nested_quant_map"] = nf4.dynamic_levels(packed.data.device).clone()
             offset = packed.offset.item() if not packed.offset.is_meta else 0.0
             state |= {"nested_blocksize": nf4.OUTER, "nested_dtype": "float32", "nested_offset": offset}
         destination[f"{prefix}{_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -75,9 +81,11 @@ class NF4Linear(nn.Linear):
         if packed_state is None or mine["absmax"] is None:
             raise CorruptFile(f"{prefix}weight has no NF4 statistics beside it. Load an NF4 checkpoint, or quantize.")
         state = json.loads(bytes(packed_state.tolist()))
+        if state["dtype"] not in _DTYPES:
+            raise CorruptFile(f"{prefix}weight stands for a weight of {state['dtype']}, which NF4 is not made from.")
         if state["quant_type"] != "nf4" or tuple(state["shape"]) != self.packed.shape:
             raise CorruptFile(f"{prefix}weight is {state['quant_type']} of {state['shape']}, not this layer's NF4.")
-        self.block_size, self.stored = state["blocksize"], getattr(torch, state["dtype"])
+        self.block_size, self.stored = state["blocksize"], _DTYPES[state["dtype"]]
         device = self.weight.device
         self.absmax = mine["absmax"].to(device)
         self.outer = None if mine["nested_absmax"] is None else mine["nested_absmax"].to(device)

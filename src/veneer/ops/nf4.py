@@ -10,6 +10,7 @@ those of bitsandbytes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,13 +26,15 @@ OUTER = 256
 """How many magnitudes share a second-level one."""
 
 
+@functools.cache
 def levels(device: torch.device | str = "cpu") -> Tensor:
-    """The 16 levels, ascending."""
+    """The 16 levels, ascending; one tensor for all callers."""
     return torch.tensor(LEVELS, dtype=torch.float32, device=device)
 
 
+@functools.cache
 def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
-    """The 256 levels of the 8-bit dynamic type: seven signed decades, each with twice the steps of the one below."""
+    """The 256 levels of the 8-bit dynamic type: seven signed decades, each of twice the steps below; one tensor."""
     found = [torch.tensor([0.0, 1.0])]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 | kernel         | where                                     |
 |----------------|-------------------------------------------|
-| `bitsandbytes` | its own CPU and CUDA operators            |
+| `bitsandbytes` | its own operators, through `formats/`     |
 | `table`        | plain torch: one lookup for two values    |
 | `reference`    | plain torch: the specification            |
 
@@ -26,15 +26,6 @@ from veneer.ops.nf4 import Packed
 Kernel = Callable[[Packed, torch.dtype], Tensor]
 
 
-def _bitsandbytes(packed: Packed, dtype: torch.dtype) -> Tensor:
-    import bitsandbytes  # noqa: F401  # registers the operators
-
-    operator = torch.ops.bitsandbytes.dequantize_4bit.default
-    flat = (torch.Size(packed.shape).numel(),)  # given rows that blocks cross, 0.50.2 reads wrong magnitudes on a CPU
-    dense: Tensor = operator(packed.data, nf4.magnitudes(packed), packed.block_size, "nf4", flat, dtype)
-    return dense.view(packed.shape)
-
-
 def _table(packed: Packed, dtype: torch.dtype) -> Tensor:
     size = torch.Size(packed.shape).numel()
     values = F.embedding(packed.data.flatten().int(), _pairs(packed.data.device)).flatten()
@@ -49,7 +40,8 @@ def _pairs(device: torch.device) -> Tensor:
     return nf4.levels(device)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
-KERNELS: dict[str, Kernel] = {"bitsandbytes": _bitsandbytes, "table": _table, "reference": nf4.dequantize}
+KERNELS: dict[str, Kernel] = {"table": _table, "reference": nf4.dequantize}
+"""By name, the fastest first; `formats/nf4.py` puts bitsandbytes' in front."""
 
 
 @functools.cache
