@@ -17,7 +17,7 @@ from typing import Any
 import bitsandbytes
 import torch
 import transformers
-from reviews import BATCH, HEAD, HELD_OUT, Task
+from reviews import BATCH, HEAD, HELD_OUT, Run, Task
 from torch import Tensor, nn
 
 import veneer
@@ -117,8 +117,8 @@ def one(task: Task, store: Callable[[Any], Any], start: Any) -> tuple[float, flo
     adapter = veneer.attach(model, veneer.LoRA(rank=8, init=start), also_train=HEAD)
     if start == "loftq":
         veneer.calibrate(model, adapter, task.model())
-    seconds = task.train(model, adapter, LR)
-    return before, task.judge(model, task.held_out).right.float().mean().item(), seconds
+    run = Run(model, adapter, LR, task.training).until(len(task.training))
+    return before, task.judge(model, task.held_out).right.float().mean().item(), run.seconds
 
 
 def linears(model: Any) -> dict[str, nn.Linear]:

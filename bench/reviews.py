@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import veneer
 from veneer.samples import minilm, sentiment
 
-BATCH, HELD_OUT, VALIDATION, SEED = 16, 1000, 300, 0
+BATCH, HELD_OUT, VALIDATION, SEED = 16, 1000, 250, 0
 HEAD = ["classifier"]
 HEAD_LR = 1e-3
 Batch = dict[str, Tensor]
@@ -59,8 +59,43 @@ class Judged(NamedTuple):
     loss: float
 
 
+class Run:
+    """AdamW at a rate that warms up and then falls, linearly; the head has a rate of its own, the same for all."""
+
+    def __init__(self, model: Any, adapter: veneer.Adapter, lr: float, batches: list[Batch]) -> None:
+        torch.manual_seed(SEED)
+        self.model, self.adapter, self.batches = model, adapter, batches
+        self.done, self.seconds = 0, 0.0
+        parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+        for key, parameter in adapter.named_parameters():
+            parts[key.startswith("classifier.")].append(parameter)
+        groups = [{"params": parts[is_head], "lr": HEAD_LR if is_head else lr} for is_head in parts if parts[is_head]]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self.schedule = get_linear_schedule_with_warmup(self.optimizer, len(batches) // 20, len(batches))
+
+    def until(self, step: int) -> Run:
+        """Train until so many steps are done; `seconds` counts those of the processor."""
+        self.model.train()
+        start = time.process_time()
+        for batch in self.batches[self.done : step]:
+            loss = self.model(**batch).loss
+            extra = self.adapter.regularization()
+            (loss if extra is None else loss + extra).backward()
+            nn.utils.clip_grad_norm_(list(self.adapter.parameters()), 1.0)
+            self.optimizer.step()
+            self.schedule.step()
+            self.done += 1
+            self.adapter.after_step(self.done)
+            self.optimizer.zero_grad()
+        self.seconds += time.process_time() - start
+        return self
+
+
 class Task:
-    """The sentences as batches, the same for all; `longest` leaves longer sentences out of training and validation."""
+    """The sentences as batches, the same for all; `longest` leaves longer ones (in tokens) out, but for the held-out.
+
+    Each is read once in training, so there is no dropout.
+    """
 
     def __init__(self, steps: int, held_out: int = HELD_OUT, longest: int = 512, seed: int = SEED) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
@@ -95,7 +130,8 @@ class Task:
     @cached_property
     def _frozen(self) -> Any:
         torch.manual_seed(SEED)
-        return SentenceClassifier.from_pretrained(minilm.folder(), dtype=torch.float32, local_files_only=True).eval()
+        still = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+        return SentenceClassifier.from_pretrained(minilm.folder(), dtype=torch.float32, **still).eval()
 
     @cached_property
     def head(self) -> nn.Linear:
@@ -103,28 +139,6 @@ class Task:
         (x, y), (vx, vy) = (_features(self._frozen, batches) for batches in (self.training, self.validation))
         heads = [_regression(x, y, penalty) for penalty in (1e-3, 1e-2, 1e-1)]
         return min(heads, key=lambda head: F.cross_entropy(head(vx), vy).item())
-
-    def train(self, model: Any, adapter: veneer.Adapter, lr: float) -> float:
-        """AdamW with a warm-up and a linear decay; the head has its own rate, the same for all. Returns CPU seconds."""
-        torch.manual_seed(SEED)
-        parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-        for key, parameter in adapter.named_parameters():
-            parts[key.startswith("classifier.")].append(parameter)
-        groups = [{"params": parts[is_head], "lr": HEAD_LR if is_head else lr} for is_head in parts if parts[is_head]]
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        schedule = get_linear_schedule_with_warmup(optimizer, len(self.training) // 10, len(self.training))
-        model.train()
-        start = time.process_time()
-        for step, batch in enumerate(self.training, 1):
-            loss = model(**batch).loss
-            extra = adapter.regularization()
-            (loss if extra is None else loss + extra).backward()
-            nn.utils.clip_grad_norm_(list(adapter.parameters()), 1.0)
-            optimizer.step()
-            schedule.step()
-            adapter.after_step(step)
-            optimizer.zero_grad()
-        return time.process_time() - start
 
     @torch.no_grad()
     def judge(self, model: Any, batches: list[Batch]) -> Judged:
