@@ -42,7 +42,6 @@ def fp4(model: Any) -> Any:
             quant_type="fp4",
         )  # fmt: skip
         packed.load_state_dict(linear.state_dict())
-        packed.support_avx512bf16_for_cpu = False  # its packing for inference would lose the gradient of the input
         model.set_submodule(path, packed.to("cpu"))
     return model
 
@@ -113,10 +112,10 @@ def compare(options: argparse.Namespace) -> None:
 def one(task: Task, store: Callable[[Any], Any], start: Any) -> tuple[float, float, float]:
     """Held-out accuracy before and after training, and the CPU seconds between."""
     model = store(task.model())
-    before = task.judge(model, task.held_out).right.float().mean().item()
     adapter = veneer.attach(model, veneer.LoRA(rank=8, init=start), also_train=HEAD)
     if start == "loftq":
         veneer.calibrate(model, adapter, task.model())
+    before = task.judge(model, task.held_out).right.float().mean().item()
     run = Run(model, adapter, LR, task.training).until(len(task.training))
     return before, task.judge(model, task.held_out).right.float().mean().item(), run.seconds
 
