@@ -22,7 +22,7 @@ from transformers import (
 
 import veneer
 from veneer import formats
-from veneer.errors import MethodError, NotMergeable
+from veneer.errors import MethodError
 from veneer.formats.nf4 import NF4Linear
 
 with warnings.catch_warnings():
@@ -217,28 +217,6 @@ def test_elements_are_counted_and_not_bytes(kind):
     veneer.attach(plain, veneer.LoRA(rank=4))
     assert veneer.count_parameters(model) == veneer.count_parameters(plain)
     assert veneer.count_parameters(model).trainable == sum(p.numel() for p in adapter.parameters())
-
-
-@eight_bit
-@pytest.mark.parametrize("permanent", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_merging_is_refused_and_nothing_is_touched(kind, permanent):
-    """The first layer it comes to is dense and could be merged: it must come out as it was."""
-    model = quantized(kind)
-    model.model.layers[0].self_attn.q_proj = dense().model.layers[0].self_attn.q_proj
-    adapter = veneer.attach(model, veneer.LoRA(rank=4))
-    perturb(adapter)
-    with torch.no_grad():
-        answer = logits(model, text())
-    before = stored(model)
-    with pytest.raises(NotMergeable, match=r"model\.layers\.0\.self_attn\.k_proj.*quantized"):
-        veneer.merge(model, adapter, permanent=permanent)
-    same_tensors(stored(model), before)
-    assert adapter.attached
-    assert veneer.adapters(model) == {"default": adapter}
-    assert "merged" not in adapter.summary()
-    with torch.no_grad():
-        assert torch.equal(logits(model, text()), answer)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -35,6 +35,9 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.drift import (
+    Drift,
+)
 from veneer.errors import (
     VeneerError,
 )
@@ -77,6 +80,7 @@ from veneer.methods import (
 )
 from veneer.quantizing import (
     NF4,
+    dequantize,
     quantize,
 )
 from veneer.routing import (
@@ -103,6 +107,7 @@ __all__ = [
     "Computed",
     "Delta",
     "DoRA",
+    "Drift",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -135,6 +140,7 @@ __all__ = [
     "check",
     "combine",
     "count_parameters",
+    "dequantize",
     "detach",
     "fuse",
     "load",

@@ -1,4 +1,4 @@
-"""quantize: the linears of a model in four bits, for training adapters on it in a quarter of the memory."""
+"""quantize: the linears of a model in four bits, for training adapters on it in a quarter of the memory; and back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from veneer import places
-from veneer.errors import PlaceError
+from veneer import formats, places, site
+from veneer.errors import AdapterError, NotMergeable, PlaceError
 from veneer.formats import dense
 from veneer.formats.nf4 import NF4Linear
-from veneer.handle import adapters
+from veneer.handle import adapters, state_of
+from veneer.merging import activations_dtype
+from veneer.seams.transformers import forget_quantization
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -62,4 +64,29 @@ def quantize(model: nn.Module, method: NF4, where: str = "linear", *, skip: Sequ
         assert isinstance(place.owner, nn.Linear)
         quantized = NF4Linear(place.owner, method.block_size, method.double_quant)
         model.get_submodule(parent)._modules[name] = quantized
+    return model
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> nn.Module:
+    """Make every quantized linear a plain one that holds the numbers its bits stand for, in place; returns the model.
+
+    The dtype is that of the model's other weights. Adapters stay, and act as before. What transformers noted about the
+    quantization is taken off, so that the model saves as a plain one.
+
+    Raises AdapterError where an adapter is merged whose unmerging would bring packed weights back, NotMergeable where a
+    storage cannot be read.
+    """
+    if merged := state_of(model).routes.merged:
+        raise AdapterError(f"Adapter '{merged[-1]}' is merged. Unmerge it first, or merge it with permanent=True.")
+    dtype = activations_dtype(model)
+    for path, module in site.base_modules(model):
+        form = formats.of(module)
+        if form is not None and form.quantized:
+            try:
+                form.unpack(module, dtype)
+            except NotMergeable as error:
+                raise NotMergeable(f"{path}: {error}") from None
+    forget_quantization(model)
+    torch.compiler.reset()
     return model
