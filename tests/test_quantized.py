@@ -22,7 +22,7 @@ from transformers import (
 
 import veneer
 from veneer import formats
-from veneer.errors import MethodError
+from veneer.errors import MethodError, PlaceError
 from veneer.formats.nf4 import NF4Linear
 
 with warnings.catch_warnings():
@@ -282,3 +282,22 @@ def test_copies_keep_the_adapter(kind):
         veneer.detach(other, "default")
         assert not torch.equal(logits(other, text()), adapted)
         assert torch.equal(logits(model, text()), adapted)
+
+
+def test_bitsandbytes_is_kept_from_repacking_for_inference():
+    """On some CPUs its first forward in evaluation would stop every gradient below, silently."""
+    model = dense()
+    for path, module in linears(model).items():
+        model.set_submodule(path, quantize(module, "nf4"))
+        model.get_submodule(path).support_avx512bf16_for_cpu = True  # as bitsandbytes sets it where the CPU can
+    adapter = veneer.attach(model, veneer.LoRA(rank=4), "layers.0.*.q_proj")
+    with torch.no_grad():
+        logits(model.eval(), text())
+    backward(model)
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    veneer.detach(model, adapter)
+    state = model.model.layers[1].mlp.up_proj.weight.quant_state
+    state.packing_format_for_cpu = True
+    with pytest.raises(PlaceError, match="repacked this model for inference"):
+        veneer.attach(model, veneer.LoRA(rank=4))
+    assert not veneer.adapters(model)

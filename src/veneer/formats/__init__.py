@@ -48,6 +48,9 @@ class Format(ABC):
         """The format as which the weight is stored now: a quantized one is dense while something is merged into it."""
         return self
 
+    def prepare(self, module: nn.Module) -> None:
+        """Make sure that gradients go through the module, adapted or not; PlaceError where it is too late for that."""
+
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""
         yield "", "weight"

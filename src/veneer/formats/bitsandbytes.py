@@ -8,12 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import PlaceError
 from veneer.formats.quantized import Quantized
 from veneer.ops import nf4
 
 
 class Linear4bit(Quantized):
     """NF4 and FP4 weights, two to a byte."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Switch off what bitsandbytes 0.50 does on some CPUs at the first forward in evaluation.
+
+        It packs the weight in another order, through which no gradient comes back, and rounds its statistics.
+        """
+        stored: Any = module
+        state = stored.weight.quant_state
+        if state is not None and vars(state).get("packing_format_for_cpu", False):
+            raise PlaceError(
+                "bitsandbytes has repacked this model for inference on a CPU, and no gradient goes through it any "
+                "more. Load the base again, and attach before the first forward."
+            )
+        stored.support_avx512bf16_for_cpu = False
 
     def dequantize(self, owner: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
