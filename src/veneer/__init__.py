@@ -77,7 +77,9 @@ from veneer.methods import (
 )
 from veneer.quantizing import (
     NF4,
+    load_quantized,
     quantize,
+    save_quantized,
 )
 from veneer.routing import (
     activate,
@@ -138,9 +140,11 @@ __all__ = [
     "detach",
     "fuse",
     "load",
+    "load_quantized",
     "merge",
     "quantize",
     "save",
+    "save_quantized",
     "start_prefix",
     "to_lora",
     "unmerge",
