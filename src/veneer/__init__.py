@@ -35,6 +35,9 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.dequantizing import (
+    dequantize,
+)
 from veneer.drift import (
     Drift,
 )
@@ -80,8 +83,13 @@ from veneer.methods import (
 )
 from veneer.quantizing import (
     NF4,
-    dequantize,
+    load_quantized,
     quantize,
+    save_quantized,
+)
+from veneer.repairing import (
+    Repair,
+    quantize_around,
 )
 from veneer.routing import (
     activate,
@@ -128,6 +136,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "Repair",
     "SHiRA",
     "TrainableTokens",
     "VeRA",
@@ -144,9 +153,12 @@ __all__ = [
     "detach",
     "fuse",
     "load",
+    "load_quantized",
     "merge",
     "quantize",
+    "quantize_around",
     "save",
+    "save_quantized",
     "start_prefix",
     "to_lora",
     "unmerge",

@@ -1,9 +1,9 @@
 """Quantizing a base around the adapter that will be trained on it, so that the two together lose less.
 
-Rounding W to few bits leaves an error, of which a low-rank pair can take the main part. LoftQ alternates: Q is W - s·B·A
-in few bits, then s·B·A is the best pair for W - Q. QPiSSA begins with the main directions of W itself, whose large values
-then need no rounding at all. Either way the base becomes Q, which is not W in few bits: it belongs to this adapter, and
-has to be kept with it.
+Rounding W to few bits leaves an error, of which a low-rank pair can take the main part. LoftQ alternates: Q is
+W - s·B·A in few bits, then s·B·A is the best pair for W - Q. QPiSSA begins with the main directions of W itself, whose
+large values then need no rounding at all. Either way the base becomes Q, which is not W in few bits: it belongs to this
+adapter, and has to be kept with it.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def quantize_around(
 ) -> tuple[Adapter, Repair]:
     """Quantize the dense linears of a model in place, and attach LoRA so that it starts with what that takes from them.
 
-    `method.init` says how the first Q is made: with "loftq" from W, with "pissa" from W less its main directions. Each of
-    the `alternations` then fits the pair to W - Q, and each further one first makes Q anew from what the pair leaves. The
-    adapter is a plain LoRA; linears that it does not stand on are stored as `quantize` stores them.
+    `method.init` says how the first Q is made: with "loftq" from W, with "pissa" from W less its main directions. Each
+    of the `alternations` then fits the pair to W - Q, and each further one first makes Q anew from what the pair
+    leaves. The adapter is a plain LoRA; linears that it does not stand on are stored as `quantize` stores them.
 
     Papers: LoftQ, Li et al., ICLR 2024, arXiv:2310.08659; PiSSA, Meng et al., NeurIPS 2024, arXiv:2404.02948.
 
@@ -107,4 +107,4 @@ def _few_bits(weight: Tensor, quantizer: NF4, dtype: torch.dtype) -> Tensor:
 
 
 def _error(weight: Tensor, other: Tensor) -> float:
-    return ((weight - other).norm() / weight.norm()).item()
+    return float((weight - other).norm() / weight.norm())
