@@ -22,6 +22,8 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATISTICS = ("absmax", "outer", "offset")
 KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
 """What bitsandbytes calls the tensors of one NF4 weight in a checkpoint."""
+_PIECE = 2**20
+"""Weights that are quantized at a time: whole blocks of every size."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
@@ -34,7 +36,7 @@ class NF4Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.hold(nf4.quantize(linear.weight, block_size, double_quant), linear.weight.dtype)
+        self.hold(pack(linear.weight, block_size, double_quant), linear.weight.dtype)
         self.bias = linear.bias
         self.train(linear.training)
 
@@ -115,6 +117,19 @@ class NF4Linear(nn.Linear):
         self.hold(replace(packed, data=self.weight.data, **held), stored)
         state_dict[f"{prefix}weight"] = packed.data
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
+    """A finite weight in NF4, a piece after the other: what quantizing takes beside it does not grow with it."""
+    flat = weight.detach().flatten()
+    data = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-len(flat) // block_size), device=weight.device, dtype=torch.float32)
+    for start in range(0, len(flat), _PIECE):
+        piece = nf4.quantize(flat[start : start + _PIECE], block_size, False)
+        data[start // 2 :][: len(piece.data)] = piece.data
+        absmax[start // block_size :][: len(piece.absmax)] = piece.absmax
+    packed = Packed(data, absmax, tuple(weight.shape), block_size)
+    return nf4.quantize_magnitudes(packed) if double_quant else packed
 
 
 def unpack(tensors: Mapping[str, Tensor], name: str) -> tuple[Packed, torch.dtype]:

@@ -8,7 +8,6 @@ already is read the same way: its statistics are gathered by bitsandbytes' keys.
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from veneer import files
 from veneer.errors import CorruptFile, FileError, PlaceError, VeneerError, WrongModel, listed
 from veneer.formats import nf4
 from veneer.formats.nf4 import NF4Linear
-from veneer.ops import nf4 as ops
 from veneer.ops.nf4 import Packed
 from veneer.seams.transformers import head, note_quantized
 
@@ -105,7 +103,7 @@ class _Pack(ConversionOps):
                     f"{path} has weights that are not finite, which no level can stand for. Mend the checkpoint."
                 )
             )
-        packed = ops.quantize(weight, layer.block_size, layer.double_quant)
+        packed = nf4.pack(weight, layer.block_size, layer.double_quant)
         return self.hf_quantizer.keep(path, packed, weight.dtype)
 
 
@@ -278,7 +276,7 @@ def _pages_are_let_go() -> Iterator[None]:
     """Within, checkpoints are read, not mapped: a mapped file's pages stay in the process until it is closed."""
     names = vars(modeling_utils)
     original = names["safe_open"]
-    names["safe_open"] = functools.partial(original, backend="pread")
+    names["safe_open"] = lambda *args, **options: original(*args, **{**options, "backend": "pread"})
     try:
         yield
     finally:
