@@ -35,6 +35,12 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.dequantizing import (
+    dequantize,
+)
+from veneer.drift import (
+    Drift,
+)
 from veneer.errors import (
     VeneerError,
 )
@@ -81,6 +87,10 @@ from veneer.quantizing import (
     quantize,
     save_quantized,
 )
+from veneer.repairing import (
+    Repair,
+    quantize_around,
+)
 from veneer.routing import (
     activate,
     use,
@@ -105,6 +115,7 @@ __all__ = [
     "Computed",
     "Delta",
     "DoRA",
+    "Drift",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -125,6 +136,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "Repair",
     "SHiRA",
     "TrainableTokens",
     "VeRA",
@@ -137,12 +149,14 @@ __all__ = [
     "check",
     "combine",
     "count_parameters",
+    "dequantize",
     "detach",
     "fuse",
     "load",
     "load_quantized",
     "merge",
     "quantize",
+    "quantize_around",
     "save",
     "save_quantized",
     "start_prefix",

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import layers
-from veneer.errors import CorruptFile, NotMergeable
+from veneer.errors import CorruptFile
 from veneer.formats import bitsandbytes
-from veneer.formats.dense import Linear
+from veneer.formats.quantized import Quantized
 from veneer.ops import nf4, nf4_kernels
 from veneer.ops.nf4 import Packed
 
@@ -173,36 +172,18 @@ def unpack(tensors: Mapping[str, Tensor], name: str) -> tuple[Packed, torch.dtyp
     return Packed(data, absmax, shape, block_size, outer, None if offset is None else offset.to(data.device)), dtype
 
 
-class NF4(Linear):
+class NF4(Quantized):
     """The format of `NF4Linear`."""
 
-    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
-        return _linear(owner).packed.shape if parameter == "weight" else super().shape(owner, parameter)
-
-    def functional(self, module: nn.Module) -> bool:
-        return False
-
-    def map(self, module: nn.Module) -> layers.LinearMap:
-        return layers.Matrix()
-
-    def count(self, owner: nn.Module, parameter: str) -> int:
-        return torch.Size(self.shape(owner, parameter)).numel()
-
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        if parameter != "weight":
-            return super().read(owner, parameter)
+    def dequantize(self, owner: nn.Module) -> Tensor:
         return _linear(owner).dense()
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
         return nf4_kernels.multiply(x, _linear(owner).packed)
 
-    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
-        if parameter != "weight":
-            return super().write(owner, parameter, weight)
-        raise NotMergeable(
-            "it stores its weight quantized in NF4, and rounding it again would lose most of a small change. "
-            "Merge into a dense copy of the base, or keep the adapter attached."
-        )
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        how = _linear(owner).block_size, _linear(owner).packed.outer is not None
+        return lambda plain: NF4Linear(plain, *how)
 
 
 def _linear(owner: nn.Module) -> NF4Linear:

@@ -192,6 +192,34 @@ def without_weights(folder: Path) -> nn.Module:
     return built
 
 
+def forget_quantization(model: Any) -> None:
+    """Take off what is noted on a model that was loaded quantized, so that transformers takes it for a plain one."""
+    if not is_pretrained(model):
+        return
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        for module in model.modules():
+            if is_pretrained(module):
+                module.config._is_quantized = False
+
+
+def tokenized(name: str, texts: list[str]) -> dict[str, Tensor] | None:
+    """Texts as a batch for the model of this folder or Hub id; None where it has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch: dict[str, Tensor] = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+    return batch
+
+
 def language_model(name: str) -> nn.Module:
     """A causal language model in the dtype it is stored in; FileError where there is none."""
     from transformers import AutoModelForCausalLM
