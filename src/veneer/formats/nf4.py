@@ -19,17 +19,20 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-nf4_kernels.KERNELS = {"bitsandbytes": bitsandbytes.dequantize_nf4, **nf4_kernels.KERNELS}
+nf4_kernels.KERNELS = {"c": nf4_kernels.KERNELS["c"], "bitsandbytes": bitsandbytes.NF4_KERNEL, **nf4_kernels.KERNELS}
 
 
 class NF4Linear(nn.Linear):
-    """y = x·Wᵀ + b with a frozen W in NF4, which is dense only while it is multiplied by; b stays as it is."""
+    """y = x·Wᵀ + b with a frozen W in NF4, which is dense only while it is multiplied by; b stays as it is.
 
-    def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool) -> None:
+    `kernel` names the one that makes W dense, which then never gives way to another; None is the fastest that runs.
+    """
+
+    def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool, kernel: str | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block_size, self.stored = block_size, linear.weight.dtype
-        packed = nf4.quantize(linear.weight, block_size, double_quant)
+        self.block_size, self.stored, self.kernel = block_size, linear.weight.dtype, kernel
+        packed = nf4_kernels.quantize(linear.weight, block_size, double_quant)
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         self.register_buffer("absmax", packed.absmax, persistent=False)
         self.register_buffer("outer", packed.outer, persistent=False)
@@ -46,14 +49,15 @@ class NF4Linear(nn.Linear):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as the numbers that its bits stand for, in `dtype` or that of the weight it was made from."""
-        return nf4_kernels.dequantize(self.packed, dtype or self.stored)
+        return nf4_kernels.dequantize(self.packed, dtype or self.stored, self.kernel)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = nf4_kernels.multiply(input, self.packed)
+        y = nf4_kernels.multiply(input, self.packed, self.kernel)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block_size={self.block_size}, bits={self.packed.bits:.3f}"
+        kernel = self.kernel or nf4_kernels.chosen(self.weight.device.type)
+        return f"{super().extra_repr()}, block_size={self.block_size}, bits={self.packed.bits:.3f}, kernel={kernel}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -114,7 +118,7 @@ class NF4(Linear):
         return _linear(owner).dense()
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
-        return nf4_kernels.multiply(x, _linear(owner).packed)
+        return nf4_kernels.multiply(x, _linear(owner).packed, _linear(owner).kernel)
 
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
         if parameter != "weight":
