@@ -96,7 +96,12 @@ def _scaled(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
     """The number of the nearest level of each value."""
-    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(scaled, middles(table)).to(torch.uint8)
+
+
+def middles(table: Tensor) -> Tensor:
+    """Where the nearest level changes."""
+    return (table[1:] + table[:-1]) / 2
 
 
 def magnitudes(packed: Packed) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ class _Config(QuantizationConfigMixin):
 
     quant_method: Any = _NAME
     paths: Sequence[str] = ()
-    block_size: int = 64
-    double_quant: bool = True
+    packing: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Stop(BaseException):
@@ -151,7 +150,7 @@ class _Quantizer(HfQuantizer):
         self.waiting = {}
         for path in self.quantization_config.paths:
             linear: Any = model.get_submodule(path)
-            layer = NF4Linear(linear, self.quantization_config.block_size, self.quantization_config.double_quant)
+            layer = NF4Linear(linear, **self.quantization_config.packing)
             layer.wait()
             vars(layer)["_is_hf_initialized"] = True  # else a weight that the checkpoint lacks would be drawn at random
             parent, _, name = path.rpartition(".")
@@ -209,7 +208,7 @@ def load(
 ) -> nn.Module:
     """A model whose linears at `paths` are packed as they are read; None: the checkpoint is in NF4 already.
 
-    `packing` has the `block_size` and `double_quant`.
+    `packing` is how: `block_size`, `double_quant` and `kernel`.
     """
     config = copy.deepcopy(config)
     stored = quantization(config) or {}
@@ -217,7 +216,7 @@ def load(
     if paths is None:
         config.quantization_config = {"quant_method": _NAME}
     else:
-        wanted["quantization_config"] = _Config(paths=paths, **packing)
+        wanted["quantization_config"] = _Config(paths=paths, packing=packing)
     try:
         with _pages_are_let_go():
             model, report = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted)
