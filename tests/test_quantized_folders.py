@@ -362,3 +362,33 @@ def test_a_hub_id_and_revision_are_transformers_to_resolve(monkeypatch, tmp_path
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(from_pretrained))
     veneer.load_quantized("someone/model", revision="v2")
     assert asked == [("someone/model", "v2")]
+
+
+def test_commands(tmp_path):
+    """`quantize` writes the folder, `inspect` says how many bits it takes, mistakes are one sentence."""
+    command = [sys.executable, "-W", "ignore", "-m", "veneer"]
+
+    def run(*words):
+        return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False)
+
+    model = dense(tmp_path / "dense")
+    done = run("quantize", tmp_path / "dense", tmp_path / "packed", "--no-double-quant", "--skip", "o_proj", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 4.5 <= found["bits"] < 4.6  # rows of 32 leave half a block at some ends
+    veneer.quantize(model, veneer.NF4(double_quant=False), skip=["o_proj"])
+    same(model, veneer.load_quantized(tmp_path / "packed"))
+    shown = run("inspect", tmp_path / "packed")
+    assert f"{found['weights']:,} of them in NF4, {found['bits']:.3f} bits each" in shown.stdout
+    for words, message in [
+        (("quantize", tmp_path / "dense", tmp_path / "packed"), "exists already"),
+        (("quantize", tmp_path / "dense", tmp_path / "new", "--block-size", 48), "choose one of 32, 64"),
+        (("quantize", tmp_path / "packed", tmp_path / "new"), "in NF4 already"),
+        (("quantize", tmp_path / "none", tmp_path / "new"), "holds no transformers model"),
+    ]:
+        refused = run(*words)
+        assert refused.returncode == 2
+        assert refused.stdout == ""
+        assert refused.stderr.startswith("veneer: ")
+        assert message in refused.stderr
+    assert not (tmp_path / "new").exists()

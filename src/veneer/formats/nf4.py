@@ -17,9 +17,9 @@ from veneer.formats.quantized import Quantized
 from veneer.ops import nf4, nf4_kernels
 from veneer.ops.nf4 import Packed
 
-_STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATISTICS = ("absmax", "outer", "offset")
-KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE)
 """What bitsandbytes calls the tensors of one NF4 weight in a checkpoint."""
 _PIECE = 2**20
 """Weights that are quantized at a time: whole blocks of every size."""
@@ -109,7 +109,7 @@ class NF4Linear(nn.Linear):
             destination[f"{prefix}weight.nested_quant_map"] = nf4.dynamic_levels(packed.data.device).clone()
             offset = packed.offset.item() if not packed.offset.is_meta else 0.0
             state |= {"nested_blocksize": nf4.OUTER, "nested_dtype": "float32", "nested_offset": offset}
-        destination[f"{prefix}{_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        destination[f"{prefix}{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         mine = {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}
@@ -143,12 +143,12 @@ def unpack(tensors: Mapping[str, Tensor], name: str) -> tuple[Packed, torch.dtyp
 
     Raises CorruptFile where one is missing or does not fit the others, or where the numbers mean other levels.
     """
-    missing = [key for key in ("weight", "weight.absmax", _STATE) if key not in tensors]
+    missing = [key for key in ("weight", "weight.absmax", STATE) if key not in tensors]
     if missing:
         lost = " and ".join(key.replace("weight", name, 1) for key in missing)
         raise CorruptFile(f"{name} has no NF4 statistics beside it: {lost} is missing. Load an NF4 checkpoint.")
     try:
-        state = json.loads(bytes(tensors[_STATE].tolist()))
+        state = json.loads(bytes(tensors[STATE].tolist()))
         kind, shape, block_size = state["quant_type"], tuple(state["shape"]), int(state["blocksize"])
         nested, dtype = "nested_blocksize" in state, _DTYPES.get(state["dtype"])
         offset = torch.tensor(float(state["nested_offset"])) if nested else None

@@ -57,11 +57,15 @@ class Packed:
     """The mean that was taken off the magnitudes."""
 
     @property
+    def size(self) -> int:
+        """Stored bytes."""
+        stored = [self.data, self.absmax, self.outer, self.offset]
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    @property
     def bits(self) -> float:
         """Stored bits a weight."""
-        stored = [self.data, self.absmax, self.outer, self.offset]
-        size = sum(t.numel() * t.element_size() for t in stored if t is not None)
-        return 8 * size / max(1, torch.Size(self.shape).numel())
+        return 8 * self.size / max(1, torch.Size(self.shape).numel())
 
 
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Packed:

@@ -8,6 +8,7 @@ already is read the same way: its statistics are gathered by bitsandbytes' keys.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,12 +26,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer import files
 from veneer.errors import CorruptFile, FileError, PlaceError, VeneerError, WrongModel, listed
 from veneer.formats import nf4
 from veneer.formats.nf4 import NF4Linear
 from veneer.ops.nf4 import Packed
-from veneer.seams.transformers import head, note_quantized
+from veneer.seams.transformers import head, note_quantized, save_language_model
 
 _NAME = "veneer_nf4"
 
@@ -237,11 +238,23 @@ def load(
     return model  # type: ignore[no-any-return]
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write a model with NF4 linears as transformers does, into a folder that appears when it is whole."""
+def save(model: Any, folder: Path, source: str | None = None) -> None:
+    """Write a model with NF4 linears, and the tokenizer of its source, into a folder that appears when it is whole."""
     note_quantized(model)
-    with files.appearing(folder) as partial:
-        model.save_pretrained(partial, save_original_format=not _fused_in_files(model))
+    save_language_model(model, source, folder, as_read=not _fused_in_files(model))
+
+
+def stored_bits(folder: Path) -> tuple[int, float] | None:
+    """(weights in NF4, bits that each takes) of a folder's safetensors; None where it has none in NF4."""
+    weights = size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            for name in (key.removesuffix(nf4.STATE) for key in keys if key.endswith(f".{nf4.STATE}")):
+                packed, _ = nf4.unpack({k: file.get_tensor(name + k) for k in nf4.KEYS if name + k in keys}, name)
+                weights += math.prod(packed.shape)
+                size += packed.size
+    return (weights, 8 * size / weights) if weights else None
 
 
 def _fused_in_files(model: Any) -> bool:
