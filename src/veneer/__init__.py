@@ -75,6 +75,10 @@ from veneer.methods import (
     TrainableTokens,
     VeRA,
 )
+from veneer.optim import (
+    PagedAdamW,
+    optimizer,
+)
 from veneer.quantizing import (
     NF4,
     quantize,
@@ -119,6 +123,7 @@ __all__ = [
     "NF4",
     "OFT",
     "PTuning",
+    "PagedAdamW",
     "ParameterCount",
     "Place",
     "PrefixTuning",
@@ -139,6 +144,7 @@ __all__ = [
     "fuse",
     "load",
     "merge",
+    "optimizer",
     "quantize",
     "save",
     "start_prefix",
