@@ -323,6 +323,8 @@ def train(build, sizes):
     params = [torch.nn.Parameter(torch.ones(size)) for size in sizes]
     for p in params:
         p.grad = torch.ones_like(p)
+    with open("/proc/self/clear_refs", "w") as peak_of:
+        peak_of.write("5")  # from now on
     before, optimizer = peak(), build(params)
     for _ in range(2):
         optimizer.step()
@@ -345,7 +347,7 @@ def test_memory_stays_within_the_window(tmp_path):
     _, (grown, saving), (plain, _) = (map(int, line.split()) for line in ran.stdout.splitlines())
     assert grown < 4 * 2**20, "a window of 1 MiB, and what one step computes"
     assert saving < 4 * 2**20, "saving has the moments in the process's own memory"
-    assert plain > states / 2, "half of it may go where the saved file's pages were"
+    assert plain > 0.9 * states
 
 
 # With others

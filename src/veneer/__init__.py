@@ -87,6 +87,9 @@ from veneer.routing import (
     activate,
     use,
 )
+from veneer.seams.checkpointing import (
+    checkpoint_activations,
+)
 from veneer.starts import (
     start_prefix,
 )
@@ -138,6 +141,7 @@ __all__ = [
     "attach",
     "calibrate",
     "check",
+    "checkpoint_activations",
     "combine",
     "count_parameters",
     "detach",
