@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,7 +107,6 @@ class Watched:
         self.runs, self.packed, self.inside, self.traversed = [0, 0], [], False, False
         with saved_tensors_hooks(self.pack, lambda kept: kept.tensor):
             answer = logits(model, batch)
-        gc.collect()
         self.kept = sum(kept().tensor.nbytes for kept in self.packed if kept() is not None)
         answer.pow(2).mean().backward()
         return self
