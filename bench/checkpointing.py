@@ -3,9 +3,9 @@
     .venv/bin/python bench/checkpointing.py
 
 One forward and backward of a Llama with LoRA in all blocks or in the upper quarter: without checkpointing, with
-transformers' `activation_checkpointing_enable` alone, and with `veneer.checkpoint_activations`. Each runs in a process of its own;
-memory is the growth of its highest resident size (VmHWM, reset before the last step), time the least of the steps. Prints a
-table; the figures of a named machine are kept in bench/results/.
+transformers' `activation_checkpointing_enable` alone, and with `veneer.checkpoint_activations`. Each runs in a process
+of its own; memory is the growth of its highest resident size (VmHWM, reset before the last step), time the least of the
+steps. Prints a table; the figures of a named machine are kept in bench/results/.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main() -> None:
     for where in WHERE:
         plain = 0.0
         for way in WAYS:
-            ran = subprocess.run([sys.executable, __file__, "--only", where, way], capture_output=True, text=True, check=True)
+            ran = subprocess.run(
+                [sys.executable, __file__, "--only", where, way], capture_output=True, text=True, check=True
+            )
             found = json.loads(ran.stdout.splitlines()[-1])
             plain = plain or found["seconds"]
             row = (f"{found['memory'] / 2**20:.0f}", f"{found['seconds']:.2f}", f"{found['seconds'] / plain:.2f}")

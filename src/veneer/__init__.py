@@ -35,6 +35,12 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.dequantizing import (
+    dequantize,
+)
+from veneer.drift import (
+    Drift,
+)
 from veneer.errors import (
     VeneerError,
 )
@@ -81,7 +87,13 @@ from veneer.optim import (
 )
 from veneer.quantizing import (
     NF4,
+    load_quantized,
     quantize,
+    save_quantized,
+)
+from veneer.repairing import (
+    Repair,
+    quantize_around,
 )
 from veneer.routing import (
     activate,
@@ -110,6 +122,7 @@ __all__ = [
     "Computed",
     "Delta",
     "DoRA",
+    "Drift",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -131,6 +144,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "Repair",
     "SHiRA",
     "TrainableTokens",
     "VeRA",
@@ -144,13 +158,17 @@ __all__ = [
     "checkpoint_activations",
     "combine",
     "count_parameters",
+    "dequantize",
     "detach",
     "fuse",
     "load",
+    "load_quantized",
     "merge",
     "optimizer",
     "quantize",
+    "quantize_around",
     "save",
+    "save_quantized",
     "start_prefix",
     "to_lora",
     "unmerge",
