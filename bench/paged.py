@@ -4,9 +4,9 @@
 
 Each optimizer trains the same float32 parameters in a process of its own. Memory is the growth of the process's highest
 resident size (VmHWM, reset when parameters and gradients are there) over all steps; pages of mapped files count, what
-the kernel caches of files that are read and written does not. Time is the least of the steps but the first, by the clock
-and of the processor, which what else runs on the machine disturbs less. Prints a table; the figures of a named machine
-are kept in bench/results/.
+the kernel caches of files that are read and written does not. Time is the least of the steps but the first, by the
+clock and of the processor, which what else runs on the machine disturbs less. Prints a table; the figures of a named
+machine are kept in bench/results/.
 """
 
 from __future__ import annotations

@@ -5,9 +5,11 @@ import gc
 import io
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,7 +174,6 @@ def test_states_go_both_ways(origin, kind, dtype):
     copies = [nn.Parameter(p.detach().clone()) for p in params]
     file.seek(0)
     second = kind(grouped(copies))
-    train(second, [nn.Parameter(p.detach().clone()) for p in copies], 0)
     for p in copies:
         p.grad = torch.zeros_like(p)
     second.step()
@@ -186,15 +187,22 @@ def test_states_go_both_ways(origin, kind, dtype):
     assert second.param_groups[0]["lr"] == 0.02
 
 
-def test_states_of_a_fused_adamw_go_on():
-    params, others = parameters(), parameters()
+def test_states_of_a_fused_adamw_go_on_unfused():
+    params = parameters()
     fused = torch.optim.AdamW(params, fused=True)
     train(fused, params, 2)
-    paged = veneer.PagedAdamW(others, window=WINDOW)
-    paged.load_state_dict(fused.state_dict())
-    train(paged, others, 1)
-    assert paged.param_groups[0]["fused"] is None
-    assert paged.state_dict()["state"][1]["step"].item() == 2 + (1 % 4 != 0)
+    state = copy.deepcopy(fused.state_dict())
+    ends = []
+    for kind in (veneer.PagedAdamW, torch.optim.AdamW):
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        optimizer = kind(copies)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        assert optimizer.param_groups[0]["fused"] is (None if kind is veneer.PagedAdamW else True)
+        optimizer.param_groups[0]["fused"] = None
+        train(optimizer, copies, 2, first=2)
+        ends.append(copies)
+    equal(*ends)
+    assert optimizer.state_dict()["state"][1]["step"] == 3, "the second rests at step 3"
 
 
 def test_its_own_state_can_be_loaded_again():
@@ -267,7 +275,8 @@ def test_its_file_is_gone_with_it(tmp_path):
 def test_a_full_disk_is_noticed_before_training(tmp_path):
     """A limit of 1 MB on every file stands for the disk."""
     large = nn.Parameter(torch.zeros(1_000_000))
-    optimizer = veneer.PagedAdamW([nn.Parameter(torch.zeros(1000))], folder=tmp_path)
+    small = nn.Parameter(torch.zeros(1000))
+    optimizer = veneer.PagedAdamW([small], folder=tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
@@ -279,6 +288,11 @@ def test_a_full_disk_is_noticed_before_training(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert sum(files_in(tmp_path)) < 1_000_000, "what was taken before the disk was full is not given back"
+    small.grad = torch.ones(1000)
+    large.grad = torch.ones(1_000_000)
+    optimizer.step()
+    assert small.all()
+    assert not large.any()
 
 
 def test_without_posix_fallocate_writing_takes_the_blocks(monkeypatch, tmp_path):
@@ -492,3 +506,15 @@ def test_without_bitsandbytes_another_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(OptimizerError, match=r"'adamw-8bit' needs bitsandbytes. Install it, or take 'paged'"):
         veneer.optimizer(adapter, "adamw-8bit", lr=1e-3)
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    guide = (Path(__file__).parents[1] / "docs" / "memory.md").read_text(encoding="utf-8")
+    names = {"veneer": veneer, "model": llama(), "batch": {**text(), "labels": text()["input_ids"]}}
+    blocks = re.findall(r"^```python\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    for block in blocks:
+        exec(compile(block, "docs/memory.md", "exec"), names)
+    assert len(blocks) == 2
+    assert all(parameter.any() for parameter in names["adapter"].parameters())

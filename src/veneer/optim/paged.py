@@ -104,11 +104,16 @@ class PagedAdamW(torch.optim.AdamW):
         """As AdamW's, with room made for the new parameters at once."""
         super().add_param_group(param_group)
         if self._planned:
-            self._plan()
+            try:
+                self._plan()
+            except OptimizerError:
+                self.param_groups.pop()
+                raise
 
     def _plan(self) -> None:
         """Give every parameter that has none a place for its moments."""
         sizes = {store: store.size for store in self._stores.values()}
+        spans = {}
         for parameter in self._parameters():
             if parameter in self._spans:
                 continue
@@ -118,11 +123,12 @@ class PagedAdamW(torch.optim.AdamW):
                 store = self._stores[parameter.device] = self._store(parameter.device)
             size = -(-parameter.numel() * parameter.element_size() // _ALIGN) * _ALIGN
             offset = sizes.setdefault(store, 0)
-            self._spans[parameter] = _Span(store, offset, size, order)
+            spans[parameter] = _Span(store, offset, size, order)
             sizes[store] += 2 * size
         for store, size in sizes.items():
             if size > store.size:
                 store.grow(size)
+        self._spans |= spans
 
     def _store(self, device: torch.device) -> FileStore | HostStore:
         if device.type == "cpu" or self.folder is not None:
