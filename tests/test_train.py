@@ -218,12 +218,12 @@ def test_chrf_tells_a_copy_from_the_answer():
 # --- training
 
 
-def trained(tokenizer, steps=12, rate=0.02, console=None, **options):
+def trained(tokenizer, steps=12, rate=0.02, console=None, optimizer="adamw", **options):
     model = tiny(tokenizer, torch.bfloat16)
     rows = [encode(tokenizer, example) for example in EXAMPLES * 8]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapter = veneer.attach(model, veneer.LoRA(rank=4, alpha=8.0))
-    recipe = Recipe(steps=steps, batch_size=4, learning_rate=rate)
+    recipe = Recipe(steps=steps, batch_size=4, learning_rate=rate, optimizer=optimizer)
     history = fit(model, adapter, rows, Collator.of(model, tokenizer), recipe, console=console, **options)
     return model, adapter, history, before, rows
 
@@ -248,9 +248,17 @@ def test_a_seed_gives_the_same_training(tokenizer):
     assert len(set(one.training)) == 4
 
 
+def test_a_recipe_names_its_optimizer(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    losses = {name: trained(tokenizer, 4, optimizer=name)[2].training for name in ("adamw", "paged", "adamw-8bit")}
+    assert losses["paged"] == losses["adamw"]
+    with pytest.raises(veneer.errors.OptimizerError, match="no optimizer 'sgd'"):
+        trained(tokenizer, 1, optimizer="sgd")
+
+
 def test_the_optimizer_takes_the_adapters_own_groups(tokenizer, monkeypatch):
     groups = veneer.Adapter.parameter_groups
-    monkeypatch.setattr(veneer.Adapter, "parameter_groups", lambda self, lr: groups(self, lr=0.0))
+    monkeypatch.setattr(veneer.Adapter, "parameter_groups", lambda self, lr, ratio: groups(self, lr=0.0))
     _, adapter, _, _, _ = trained(tokenizer, steps=2)
     assert all(not parameter.any() for key, parameter in adapter.named_parameters() if key.endswith("B"))
 

@@ -81,6 +81,10 @@ from veneer.methods import (
     TrainableTokens,
     VeRA,
 )
+from veneer.optim import (
+    PagedAdamW,
+    optimizer,
+)
 from veneer.quantizing import (
     NF4,
     load_quantized,
@@ -94,6 +98,9 @@ from veneer.repairing import (
 from veneer.routing import (
     activate,
     use,
+)
+from veneer.seams.checkpointing import (
+    checkpoint_activations,
 )
 from veneer.starts import (
     start_prefix,
@@ -132,6 +139,7 @@ __all__ = [
     "NF4",
     "OFT",
     "PTuning",
+    "PagedAdamW",
     "ParameterCount",
     "Place",
     "PrefixTuning",
@@ -147,6 +155,7 @@ __all__ = [
     "attach",
     "calibrate",
     "check",
+    "checkpoint_activations",
     "combine",
     "count_parameters",
     "dequantize",
@@ -155,6 +164,7 @@ __all__ = [
     "load",
     "load_quantized",
     "merge",
+    "optimizer",
     "quantize",
     "quantize_around",
     "save",

@@ -9,6 +9,7 @@ VeneerError
 ├── AdapterError           names and states of adapters on a model
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
+├── OptimizerError         an optimizer's name, options or state, or the room for it
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
 │   ├── CorruptFile        truncated, garbled, or not what its name says
@@ -60,6 +61,10 @@ class UnknownAdapter(AdapterError):
 
 class NotMergeable(AdapterError):
     """The adapter has no form as a plain weight here."""
+
+
+class OptimizerError(VeneerError, ValueError):
+    """An optimizer cannot be had, has no room for its state, or cannot go on from one."""
 
 
 class RoutingError(VeneerError, ValueError):

@@ -26,6 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import veneer
 from veneer import Adapter
 from veneer.train.batch import Collator
 from veneer.train.encoding import Encoded
@@ -34,13 +35,14 @@ from veneer.train.progress import History, Watch
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long to train, and how fast."""
+    """How long to train, and how fast; `optimizer` is a name that `veneer.optimizer` knows."""
 
     steps: int
     batch_size: int = 16
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     seed: int = 0
+    optimizer: str = "adamw"
 
 
 def fit(
@@ -59,7 +61,7 @@ def fit(
     `probe` is a held-out loss to measure after the steps in `probe_at`.
     """
     watch = Watch(console or Console(stderr=True), probe, probe_at)
-    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=recipe.learning_rate), weight_decay=0.0)
+    optimizer = veneer.optimizer(adapter, recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as scratch, watch.bar:
         trainer = _Trainer(
             adapter,
