@@ -28,7 +28,7 @@ for shape in [(64, 64), (37, 129), (3, 5), (1, 1), (2, 65), (0, 64)]:
                 packed = nf4.quantize(weight, block, double)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     found, wanted = nf4_triton.dequantize(packed, dtype), nf4.dequantize(packed, dtype)
-                    assert found.dtype == wanted.dtype and torch.equal(found, wanted), (shape, scale, block, double, dtype)
+                    assert found.dtype == dtype and torch.equal(found, wanted), (shape, scale, block, double, dtype)
                     seen += 1
 print(seen)
 """
@@ -53,6 +53,7 @@ def test_it_compiles_without_fused_rounding_and_writes_four_words_at_a_time(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
     from veneer.ops.nf4_triton import TILE, kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -6,8 +6,6 @@ bytes at a time, and gives the reference's numbers in Triton's interpreter, whic
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -34,7 +32,7 @@ def kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations, and kno
     group: tl.constexpr,
     double: tl.constexpr,
     tile: tl.constexpr,
-):  # noqa: ANN201
+) -> None:
     """Make dense the values of `tile` bytes. Pointers as in `Packed`, tables as in nf4.py; bfloat16 as its bits."""
     start = tl.program_id(0).to(tl.int64) * tile
     at = start + tl.arange(0, tile)
