@@ -127,7 +127,8 @@ class Encoder:
             self.tally.dropped["empty"] += 1
             return
         before, after = ends(self.tokenizer)
-        ids = before + plain_ids(self.tokenizer, example.text) + after
+        [own] = plain_ids(self.tokenizer, [example.text])
+        ids = before + own + after
         yield from self._fitted(ids, list(ids))
 
     def _fitted(self, ids: list[int], labels: list[int]) -> Iterator[Columns]:
