@@ -15,6 +15,7 @@ VeneerError
 │   ├── CorruptFile        truncated, garbled, or not what its name says
 │   ├── UnsafeFile         loading it could run code
 │   └── WrongModel         the file was made for another model
+├── DataError              rows to train on, or what a recipe says about them, cannot be used
 ├── TemplateError          a chat template shows no boundary between prompt and answer
 └── MissingSample          a sample model or data set is not installed
 
@@ -85,6 +86,10 @@ class UnsafeFile(FileError):
 
 class WrongModel(FileError):
     """An adapter's file does not fit the model it is loaded on."""
+
+
+class DataError(VeneerError, ValueError):
+    """Rows to train on, or what a recipe says about them, cannot be used; one line for each mistake."""
 
 
 class TemplateError(VeneerError, ValueError):
