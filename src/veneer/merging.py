@@ -107,6 +107,11 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
                 f"{type(one.method).__name__} acts on activations; it has no merged weight. Keep it attached, or use a "
                 "weight method."
             )
+        if one.place.format.quantized:  # says what to do, before anything is computed
+            try:
+                one.place.format.write(one.place.owner, one.place.parameter, one.place.weight)
+            except NotMergeable as error:
+                raise NotMergeable(f"{one.place.path}: {error}") from None
         shared = owners[id(one.place.weight)]
         if len(shared) > 1 + len(one.place.tied):
             raise NotMergeable(

@@ -7,46 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer import layers
-from veneer.errors import NotMergeable
-from veneer.formats.dense import Linear
+from veneer.formats.quantized import Quantized
 from veneer.ops import nf4
 
 
-class _Quantized(Linear):
-    """What both kinds share: the logical shape is the module's own, not that of the packed storage."""
-
-    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
-        assert isinstance(owner, nn.Linear)
-        return owner.out_features, owner.in_features
-
-    def functional(self, module: nn.Module) -> bool:
-        return False
-
-    def map(self, module: nn.Module) -> layers.LinearMap:
-        return layers.Matrix()
-
-    def count(self, owner: nn.Module, parameter: str) -> int:
-        if parameter != "weight":
-            return super().count(owner, parameter)
-        out, in_ = self.shape(owner, parameter)
-        return out * in_
-
-    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
-        raise NotMergeable(
-            f"a {type(owner).__name__} stores its weight quantized, and rounding it again would lose most of a small "
-            "change. Load the base in bfloat16 and merge there, or keep the adapter attached."
-        )
-
-
-class Linear4bit(_Quantized):
+class Linear4bit(Quantized):
     """NF4 and FP4 weights, two to a byte."""
 
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
+    def prepare(self, module: nn.Module) -> None:
+        """Keep 0.50.2 from repacking the weight for inference, where the CPU has AVX512-BF16: no gradient passes then.
+
+        What was repacked already goes back to rows, each number as it stands: its magnitudes are bfloat16 by now.
+        """
+        linear: Any = module
+        linear.support_avx512bf16_for_cpu = False
+        state = linear.weight.quant_state
+        if vars(state).get("packing_format_for_cpu"):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            magnitudes = state.absmax.T.flatten().float()
+            state.original_nested = False  # else it would round the magnitudes to 8 bits once more
+            linear.weight.data, linear.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
+                linear.weight.data, state
+            )
+            linear.weight.quant_state.absmax = magnitudes
+
+    def dense(self, owner: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = owner._parameters[parameter]
-        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
+        weight: Any = owner._parameters["weight"]
+        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return dense
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
@@ -57,11 +47,11 @@ class Linear4bit(_Quantized):
         return product
 
 
-class Linear8bitLt(_Quantized):
+class Linear8bitLt(Quantized):
     """LLM.int8() weights: one byte an element and a scale a row."""
 
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        weight: Any = owner._parameters[parameter]
+    def dense(self, owner: nn.Module) -> Tensor:
+        weight: Any = owner._parameters["weight"]
         state: Any = owner.state  # takes over the scales at the first forward
         scale: Tensor = state.SCB if weight.SCB is None else weight.SCB
         dense: Tensor = weight.data.float() * (scale.float() / 127).unsqueeze(1)
