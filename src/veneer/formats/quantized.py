@@ -56,7 +56,10 @@ class Quantized(Parameter):
                 "wrongly. Attach above it, train on a base in 16 bits, or run without gradients."
             )
         passed: Tensor = _Product.apply(x, y.detach(), self._dense(module))  # type: ignore[no-untyped-call]
-        return passed
+        bias = vars(module).get("bias", module._parameters.get("bias"))
+        if bias is None or not bias.requires_grad:
+            return passed
+        return passed + (bias - bias.detach()).to(y.dtype)  # it is in y already, and y was cut off
 
     def _dense(self, owner: nn.Module) -> Callable[[torch.dtype], Tensor]:
         return lambda dtype: self.read(owner, "weight").to(dtype)
