@@ -35,6 +35,7 @@ FAMILIES = {
 }
 """The family that each method meets quantized weights on: some need biases, or experts, which Llama has none of."""
 
+
 def dense(family: str = "llama") -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 2, "num_attention_heads": 4}

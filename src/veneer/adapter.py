@@ -189,9 +189,10 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
             raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
     if not state.adapters:
+        passing = _make_differentiable(model)
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        state.passing = _make_differentiable(model)
+        state.passing = passing
     vars(model)[STATE] = state
     adapter = Adapter(name, model, claims, also_train)
     for one in claims:

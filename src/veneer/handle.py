@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from veneer.counting import count_parameters
 from veneer.delta import Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
+from veneer.originals import Original
 from veneer.site import Routes
 
 STATE = "_veneer"
@@ -49,7 +50,7 @@ class Adapter:
         self.claims = tuple(claims)
         self.shared = list({id(s): s for claim in claims if (s := claim.place.shared) is not None}.values())
         self.also_train = tuple(also_train)
-        self.originals: list[tuple[nn.Module, str, Tensor]] = []
+        self.originals: list[Original] = []
         self.attached = True
 
     def __repr__(self) -> str:

@@ -263,7 +263,7 @@ def _through(
     if not (torch.is_grad_enabled() and x.requires_grad):
         return output
     try:
-        return cast(Tensor, format.through(module, x, output))
+        return cast(Tensor, format.now(module).through(module, x, output))  # dense while something is merged
     except MethodError as error:
         raise MethodError(f"{path}: {error}") from None
 

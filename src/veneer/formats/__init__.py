@@ -10,13 +10,15 @@ are known by the marks that transformers sets.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.errors import NotMergeable
 from veneer.layers import LinearMap
 
 _KNOWN = {
@@ -54,6 +56,13 @@ class Format(ABC):
     quantized: ClassVar[bool] = False
     readable: ClassVar[bool] = True
 
+    def now(self, owner: nn.Module) -> Format:
+        """The format as which the weight is stored now: a quantized one is dense while something is merged into it."""
+        return self
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make sure that gradients go through the module, adapted or not; PlaceError where it is too late for that."""
+
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""
         yield "", "weight"
@@ -65,9 +74,6 @@ class Format(ABC):
     def tensor(self, owner: nn.Module, parameter: str) -> Tensor | None:
         """What a weight is stored in, a parameter of that name unless the class has another; None where it has none."""
         return owner._parameters.get(parameter)
-
-    def prepare(self, module: nn.Module) -> None:
-        """Make a module that an adapter will train on, or below, keep to a state that gradients can be taken in."""
 
     def differentiable(self, module: nn.Module) -> bool:
         """Whether the module's own forward gives gradients to its input."""
@@ -113,6 +119,13 @@ class Format(ABC):
     @abstractmethod
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
         """Replace the stored values in place; NotMergeable where the storage cannot take them."""
+
+    def unpack(self, owner: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+        """Make a quantized module one that holds its weight dense; what is returned quantizes it again, as it was.
+
+        Raises NotMergeable where there is no reading the weight.
+        """
+        raise NotMergeable(f"a {type(owner).__name__} has nothing to unpack.")
 
 
 def of(module: nn.Module) -> Format | None:

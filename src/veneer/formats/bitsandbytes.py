@@ -1,12 +1,14 @@
-"""bitsandbytes' quantized linears: adapters train on them; writing a changed weight back would lose it to rounding."""
+"""bitsandbytes' quantized linears."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.errors import PlaceError
 from veneer.formats.quantized import Quantized
 from veneer.ops import nf4
 
@@ -15,28 +17,24 @@ class Linear4bit(Quantized):
     """NF4 and FP4 weights, two to a byte."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Keep 0.50.2 from repacking the weight for inference, where the CPU has AVX512-BF16: no gradient passes then.
+        """Switch off what bitsandbytes 0.50 does on some CPUs at the first forward in evaluation.
 
-        What was repacked already goes back to rows, each number as it stands: its magnitudes are bfloat16 by now.
+        It packs the weight in another order, through which no gradient comes back, and rounds its statistics.
         """
-        linear: Any = module
-        linear.support_avx512bf16_for_cpu = False
-        state = linear.weight.quant_state
-        if vars(state).get("packing_format_for_cpu"):
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            magnitudes = state.absmax.T.flatten().float()
-            state.original_nested = False  # else it would round the magnitudes to 8 bits once more
-            linear.weight.data, linear.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-                linear.weight.data, state
+        stored: Any = module
+        state = stored.weight.quant_state
+        if state is not None and vars(state).get("packing_format_for_cpu", False):
+            raise PlaceError(
+                "bitsandbytes has repacked this model for inference on a CPU, and no gradient goes through it any "
+                "more. Load the base again, and attach before the first forward."
             )
-            linear.weight.quant_state.absmax = magnitudes
+        stored.support_avx512bf16_for_cpu = False
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight: Any = owner._parameters["weight"]
-        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        weight = owner._parameters["weight"]
+        dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
         return dense
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
@@ -46,16 +44,52 @@ class Linear4bit(Quantized):
         product: Tensor = matmul_4bit(x, weight.t(), quant_state=weight.quant_state)  # keeps nothing dense
         return product
 
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        from bitsandbytes import nn as theirs
+
+        kinds: Any = theirs
+        stored: Any = owner
+        old, dtype, device = stored.weight, stored.compute_dtype, stored.weight.device
+        how = {name: vars(old)[name] for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+        repacks = stored.support_avx512bf16_for_cpu
+
+        def pack(plain: nn.Linear) -> nn.Module:
+            new = kinds.Linear4bit(
+                plain.in_features, plain.out_features, bias=False, compute_dtype=dtype, device="meta"
+            )
+            new.support_avx512bf16_for_cpu = repacks
+            new.weight = kinds.Params4bit(plain.weight.data, requires_grad=False, module=new, **how).to(device)
+            new.weight.module, new.bias = plain, plain.bias
+            return new  # type: ignore[no-any-return]
+
+        return pack
+
 
 class Linear8bitLt(Quantized):
     """LLM.int8() weights: one byte an element and a scale a row."""
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         weight: Any = owner._parameters["weight"]
         state: Any = owner.state  # takes over the scales at the first forward
         scale: Tensor = state.SCB if weight.SCB is None else weight.SCB
         dense: Tensor = weight.data.float() * (scale.float() / 127).unsqueeze(1)
         return dense
+
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        from bitsandbytes import nn as theirs
+
+        kinds: Any = theirs
+        state: Any = owner.state
+        threshold, device = state.threshold, owner._parameters["weight"].device  # type: ignore[union-attr]
+
+        def pack(plain: nn.Linear) -> nn.Module:
+            size = plain.in_features, plain.out_features
+            new = kinds.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+            new.weight = kinds.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False).to(device)
+            new.bias = plain.bias
+            return new  # type: ignore[no-any-return]
+
+        return pack
 
 
 def dequantize_nf4(packed: nf4.Packed, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ class FineGrained(Quantized):
     def count(self, owner: nn.Module, parameter: str) -> int:
         return super().count(owner, parameter) if parameter in ("weight", "bias") else 0
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         linear: Any = owner
         scale, block = linear.weight_scale_inv.detach().float(), linear.block_size
         if linear.weight.dtype == torch.int8:
@@ -42,7 +42,7 @@ class Rows(FineGrained):
     def differentiable(self, module: nn.Module) -> bool:
         return False
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         linear: Any = owner
         dense: Tensor = linear.weight.detach().float() * linear.weight_scale.detach().float()
         return dense

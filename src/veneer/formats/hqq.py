@@ -16,7 +16,7 @@ class HQQLinear(Quantized):
     def tensor(self, owner: nn.Module, parameter: str) -> Tensor | None:
         return owner._parameters.get("W_q" if parameter == "weight" else parameter)
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         linear: Any = owner
         dense: Tensor = linear.dequantize()
         return dense

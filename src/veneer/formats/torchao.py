@@ -6,7 +6,7 @@ activations give none, which trying a layer once shows; they pass x's gradient o
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from veneer import layers
 from veneer.errors import MethodError
-from veneer.formats import dense
+from veneer.formats import Format, dense, of
 from veneer.formats.quantized import Quantized, differentiable
 
 
 class Linear(Quantized):
     """nn.Linear with a torchao weight [out, in]."""
+
+    def now(self, owner: nn.Module) -> Format:
+        return self if type(of(owner)) is Linear else dense.Linear()
 
     def map(self, module: nn.Module) -> layers.LinearMap:
         if type(module).forward is not nn.Linear.forward:
@@ -32,7 +35,7 @@ class Linear(Quantized):
     def kind(self, owner: nn.Module) -> str:
         return type(owner._parameters["weight"]).__name__
 
-    def dense(self, owner: nn.Module) -> Tensor:
+    def dequantize(self, owner: nn.Module) -> Tensor:
         weight: Any = owner._parameters["weight"]
         try:
             read: Tensor = weight.dequantize()
@@ -50,7 +53,7 @@ class Linear(Quantized):
 class Embedding(dense.Embedding):
     """nn.Embedding with a torchao weight [vocabulary, width]."""
 
-    quantized: ClassVar[bool] = True
+    quantized = True
 
     def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
         weight: Any = owner._parameters[parameter]
