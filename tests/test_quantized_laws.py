@@ -1,8 +1,8 @@
 """The laws on quantized bases: every method, every way of quantizing, every law that says something there.
 
-Law 15 holds every method on every base, and `test_laws.py` every method to every law. So the default run takes as many of
-these cases as let every law meet every base, and every method some of both; the marker `matrix` has them all. Merging
-and law 15 are in files of their own.
+Law 15 holds every method on every base, and `test_laws.py` every method to every law. So the default run takes as many
+of these cases as let every law meet every base, and every method some of both; the marker `matrix` has them all.
+Merging and law 15 are in files of their own.
 """
 
 from __future__ import annotations
