@@ -28,6 +28,12 @@ from veneer.errors import MethodError, NotMergeable, UnreadableWeight
 
 BESIDE = [veneer.LoRA(rank=2), veneer.VeRA(rank=2), veneer.MiSS(rank=2), veneer.OFT(block_size=8), veneer.IA3()]
 """Methods on activations, which never look at the weight."""
+OTHERS = [
+    *BESIDE,
+    veneer.BottleneckAdapter(width=4),
+    veneer.PrefixTuning(length=3),
+    veneer.LLaMAAdapter(length=3, layers=2),
+]
 LOOKING = [veneer.DoRA(rank=2), veneer.HiRA(rank=2), veneer.LoRA(rank=2, init="pissa")]
 named = {"ids": lambda method: type(method).__name__}
 
@@ -114,7 +120,7 @@ def trains(base: nn.Module, method: veneer.Method) -> None:
 
 
 @pytest.mark.usefixtures("_fp8_product")
-@pytest.mark.parametrize("method", [*BESIDE, veneer.BottleneckAdapter(width=4), veneer.PrefixTuning(length=3)], **named)
+@pytest.mark.parametrize("method", OTHERS, **named)
 @pytest.mark.parametrize("kind", MAKERS)
 def test_methods_on_activations_train(kind, method):
     trains(model(MAKERS[kind]), method)

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 from laws import equal
-from quantized import FAMILIES, INNER, KINDS, dense, linears, quantize, quantized, twin
+from quantized import FAMILIES, INNER, KINDS, TORCHAO, dense, linears, quantize, quantized, twin
 from subjects import SUBJECTS
 from tiny import IDS, logits, perturb, text
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 
 import veneer
 from veneer import formats
@@ -138,6 +138,33 @@ def test_a_model_that_transformers_quantized(tmp_path):
     assert veneer.count_parameters(model) == veneer.count_parameters(other)
     with torch.no_grad():
         torch.testing.assert_close(logits(model, text()), logits(other, text()), **CLOSE)
+
+
+def test_a_model_that_transformers_quantized_by_torchao(tmp_path):
+    dense().save_pretrained(tmp_path)
+    config = TorchAoConfig(TORCHAO["torchao-int8"])
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.float32).eval()
+    assert {type(module.weight).__name__ for module in linears(model).values()} == {"Int8Tensor"}
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    perturb(adapter, 0.1)
+    other = twin(model)
+    perturb(veneer.attach(other, veneer.LoRA(rank=4)), 0.1)
+    veneer.adapters(other)["default"].load_state_dict(adapter.state_dict())
+    torch.testing.assert_close(backward(model), backward(other), **CLOSE)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapter.parameters())
+
+
+@eight_bit
+def test_int8_in_evaluation_is_near_its_dense_twin():
+    """It rounds activations to 8 bits there: within 3% of the largest logit, as measured over all methods."""
+    model = quantized("int8")
+    other = twin(model)
+    answers = []
+    for one in (model, other):
+        torch.manual_seed(1)
+        perturb(veneer.attach(one, veneer.LoRA(rank=4)), 0.1)
+        answers.append(backward(one))
+    assert 1e-4 < (answers[0] - answers[1]).abs().max() / answers[1].abs().max() < 3e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

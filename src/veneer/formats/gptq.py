@@ -18,6 +18,14 @@ class GPTQModel(Quantized):
     def tensor(self, owner: nn.Module, parameter: str) -> Tensor | None:
         return {**owner._parameters, **owner._buffers}.get("qweight" if parameter == "weight" else parameter)
 
+    def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
+        """As the layer itself multiplies, less its bias."""
+        product: Tensor = type(owner).forward(owner, x)
+        bias = self.tensor(owner, "bias")
+        product = product if bias is None else product - bias
+        lost = torch.is_grad_enabled() and x.requires_grad and not product.requires_grad
+        return self.through(owner, x, product) if lost else product
+
     def differentiable(self, module: nn.Module) -> bool:
         linear: Any = module
         scales = module._buffers["scales"]
