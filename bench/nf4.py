@@ -3,7 +3,7 @@
     .venv/bin/python bench/nf4.py
 
 Everything is measured in turns, so that what else the machine does falls on all alike: medians, with the quartiles in
-brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock. The figures
+brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock. Figures
 of a named machine are kept in bench/results/.
 """
 

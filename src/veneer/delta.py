@@ -93,11 +93,11 @@ class Place:
     projections: Mapping[str, Place] = field(default_factory=dict)
 
     @property
-    def weight(self) -> nn.Parameter:
-        """The parameter as it is stored."""
-        parameter = self.owner._parameters[self.parameter]
-        assert parameter is not None
-        return parameter
+    def weight(self) -> Tensor:
+        """The parameter as it is stored, packed where it is quantized."""
+        stored = self.format.tensor(self.owner, self.parameter)
+        assert stored is not None
+        return stored
 
     @property
     def key(self) -> tuple[int, str]:
@@ -193,7 +193,8 @@ def row_index(spans: Iterable[Span], device: torch.device) -> Tensor:
 
 def compute_dtype(stored: torch.dtype) -> torch.dtype:
     """The dtype adapter weights are kept in on a base stored as `stored`: never under float32."""
-    return torch.promote_types(stored, torch.float32) if stored.is_floating_point else torch.float32
+    whole = stored.is_floating_point and stored.itemsize > 1  # torch promotes no float8
+    return torch.promote_types(stored, torch.float32) if whole else torch.float32
 
 
 class Delta(nn.Module, ABC):

@@ -6,6 +6,7 @@ VeneerError
 │   ├── Overlap            two methods of one adapter claim the same weight
 │   └── UnreadableModel    roles cannot be read off this model
 ├── MethodError            an option of a method is wrong, or does not fit the place
+│   └── UnreadableWeight   a weight is packed in a way that cannot be read (NotMergeable, too)
 ├── AdapterError           names and states of adapters on a model
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
@@ -66,6 +67,10 @@ class NotMergeable(AdapterError):
 
 class OptimizerError(VeneerError, ValueError):
     """An optimizer cannot be had, has no room for its state, or cannot go on from one."""
+
+
+class UnreadableWeight(MethodError, NotMergeable):
+    """A quantized weight is laid out for its kernel alone: no method can look at it, and nothing be merged into it."""
 
 
 class RoutingError(VeneerError, ValueError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer.counting import count_parameters
 from veneer.delta import Delta, Method, Place
@@ -36,6 +37,8 @@ class State:
     routes: Routes = field(default_factory=Routes)
     adapters: dict[str, Adapter] = field(default_factory=dict)
     trainable: dict[str, bool] = field(default_factory=dict)
+    passing: list[RemovableHandle] = field(default_factory=list)
+    """The hooks by which gradients pass quantized kernels that give none."""
 
 
 class Adapter:

@@ -165,7 +165,7 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
                 f"{type(one.method).__name__} acts on activations; it has no merged weight. Keep it attached, or use a "
                 "weight method."
             )
-        shared = owners[id(one.place.weight)]
+        shared = owners.get(id(one.place.weight), [one.place.path])
         if len(shared) > 1 + len(one.place.tied):
             raise NotMergeable(
                 f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change too. Untie them first, or "
