@@ -35,6 +35,12 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.dequantizing import (
+    dequantize,
+)
+from veneer.drift import (
+    Drift,
+)
 from veneer.errors import (
     VeneerError,
 )
@@ -77,7 +83,13 @@ from veneer.methods import (
 )
 from veneer.quantizing import (
     NF4,
+    load_quantized,
     quantize,
+    save_quantized,
+)
+from veneer.repairing import (
+    Repair,
+    quantize_around,
 )
 from veneer.routing import (
     activate,
@@ -103,6 +115,7 @@ __all__ = [
     "Computed",
     "Delta",
     "DoRA",
+    "Drift",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -123,6 +136,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "Repair",
     "SHiRA",
     "TrainableTokens",
     "VeRA",
@@ -135,12 +149,16 @@ __all__ = [
     "check",
     "combine",
     "count_parameters",
+    "dequantize",
     "detach",
     "fuse",
     "load",
+    "load_quantized",
     "merge",
     "quantize",
+    "quantize_around",
     "save",
+    "save_quantized",
     "start_prefix",
     "to_lora",
     "unmerge",

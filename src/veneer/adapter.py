@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import places, site
+from veneer import formats, places, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -186,6 +186,9 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
             raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
     if not state.adapters:
+        for _, module in site.base_modules(model):
+            if (form := formats.of(module)) is not None:
+                form.prepare(module)
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
     vars(model)[STATE] = state
