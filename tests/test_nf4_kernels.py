@@ -93,7 +93,7 @@ def test_c_packs_the_same_bytes_with_all_vectors(width, shape, dtype):
 @built
 @pytest.mark.parametrize("count", [2, 3, 500])
 def test_c_does_the_same_on_several_threads(count, threads):
-    dense = weight((800, 1001))  # enough for three, and a last block that is not whole
+    dense = weight((1600, 1001))  # enough for three, and a last block that is not whole
     wanted = nf4.quantize(dense)
     threads(count)
     same_packed(nf4_cpu.quantize(dense, 64, True), wanted)

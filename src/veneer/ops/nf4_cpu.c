@@ -21,7 +21,7 @@ through ctypes; nothing of Python or torch is needed to build it. */
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define OUTER 256         /* magnitudes that share a second-level one, as in nf4.py */
-#define SHARE (1L << 18)  /* values that are worth a thread */
+#define SHARE (1L << 19)  /* values that are worth a thread */
 #define MOST 256          /* threads */
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };

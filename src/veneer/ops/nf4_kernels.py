@@ -31,8 +31,8 @@ from veneer.ops.nf4 import Packed
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of all kernels; float64 and integers are the reference's."""
-PIECE = 1 << 20
-"""How many values a thread makes dense at a time for a product, so that they are still in its cache to multiply by."""
+PIECE = 1 << 21
+"""How many values a thread makes dense at a time for a product: few enough to stay in a cache until they are used."""
 
 
 @dataclass(frozen=True)
