@@ -3,8 +3,8 @@
     .venv/bin/python bench/nf4.py
 
 Everything is measured in turns, so that what else the machine does falls on all alike: medians, with the quartiles in
-brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock. Figures
-of a named machine are kept in bench/results/.
+brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock. The
+figures of a named machine are kept in bench/results/.
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -105,6 +107,21 @@ def test_a_sharded_folder_and_other_options(tmp_path):
     assert sum(isinstance(module, NF4Linear) for module in loaded.modules()) == 3
     with pytest.raises(NoSuchPlace, match="no_such"):
         veneer.load_quantized(tmp_path / "dense", skip=["no_such"])
+
+
+def test_weights_that_are_one_in_the_file_and_two_in_the_model(tmp_path):
+    """The dense file is cut while loading; the packed one has the keys of the model."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(use_swiglu_ffn=True, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "dense")
+    assert any("weights_in" in key for key in load_file(tmp_path / "dense" / "model.safetensors"))
+    loaded = veneer.load_quantized(tmp_path / "dense")
+    same(veneer.quantize(model, veneer.NF4()), loaded)
+    assert type(loaded.encoder.layer[0].mlp.up_proj) is NF4Linear
+    veneer.save_quantized(loaded, tmp_path / "packed")
+    same(loaded, veneer.load_quantized(tmp_path / "packed"))
+    same(loaded, Dinov2Model.from_pretrained(tmp_path / "packed", dtype="auto"))
 
 
 def test_dtypes_are_those_of_the_config_or_as_asked(tmp_path):

@@ -15,7 +15,7 @@ from veneer import places
 from veneer.delta import Place
 from veneer.errors import AdapterError, FileError, PlaceError
 from veneer.formats import dense
-from veneer.formats.nf4 import NF4Linear
+from veneer.formats.nf4 import NF4Linear, finite
 from veneer.handle import adapters
 from veneer.ops import nf4_kernels
 from veneer.seams import transformers
@@ -63,7 +63,7 @@ def quantize(model: nn.Module, method: NF4, where: str = "linear", *, skip: Sequ
     for place in found:
         if method.kernel is not None and not place.weight.is_meta:
             nf4_kernels.check(method.kernel, place.weight.device.type)
-        if not place.weight.is_meta and not torch.isfinite(place.weight).all():
+        if not place.weight.is_meta and not finite(place.weight):
             raise PlaceError(f"{place.path} has weights that are not finite, which no level can stand for. Mend them.")
     for place in found:
         parent, _, name = place.owner_path.rpartition(".")

@@ -125,13 +125,19 @@ class NF4Linear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def finite(weight: Tensor) -> bool:
+    """Whether no weight is NaN or infinite, by the extremes: several times as fast as asking each."""
+    return all(bool(extreme.isfinite()) for extreme in weight.aminmax())
+
+
 def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
     """A finite weight in NF4, a piece after the other: what quantizing takes beside it does not grow with it."""
     flat = weight.detach().flatten()
     data = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-len(flat) // block_size), device=weight.device, dtype=torch.float32)
-    for start in range(0, len(flat), _PIECE):
-        piece = nf4_kernels.quantize(flat[start : start + _PIECE], block_size, False)
+    step = max(1, len(flat)) if weight.is_meta else _PIECE
+    for start in range(0, len(flat), step):
+        piece = nf4_kernels.quantize(flat[start : start + step], block_size, False)
         data[start // 2 :][: len(piece.data)] = piece.data
         absmax[start // block_size :][: len(piece.absmax)] = piece.absmax
     packed = Packed(data, absmax, tuple(weight.shape), block_size)

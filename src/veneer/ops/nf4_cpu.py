@@ -69,8 +69,11 @@ def tile(packed: Packed, rows: range, columns: range, dense: Tensor, width: int 
 
 
 def _fill(dense: Tensor, packed: Packed, start: int, across: int, stride: int, width: int | None) -> None:
-    inner = None if packed.outer is None else nf4.dynamic_levels()
-    tensors = (packed.data, packed.absmax, inner, packed.outer, packed.offset, nf4.levels())
+    if packed.outer is None or packed.offset is None:
+        statistics: tuple[Tensor | None, ...] = packed.absmax.float(), None, None, None
+    else:
+        statistics = packed.absmax, nf4.dynamic_levels(), packed.outer.float(), packed.offset.float()
+    tensors = (packed.data, *statistics, nf4.levels())
     kept = [None if tensor is None else tensor.contiguous() for tensor in tensors]  # for as long as the call takes
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in kept]
     sizes = (dense.numel(), packed.block_size, start, across, stride)

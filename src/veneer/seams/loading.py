@@ -97,7 +97,7 @@ class _Pack(ConversionOps):
         shape = (layer.out_features, layer.in_features)
         if tuple(weight.shape) != shape:
             raise _Stop(WrongModel(f"{name} is {list(weight.shape)} in the checkpoint, not {list(shape)}."))
-        if not weight.isfinite().all():
+        if not nf4.finite(weight):
             raise _Stop(
                 PlaceError(
                     f"{path} has weights that are not finite, which no level can stand for. Mend the checkpoint."
