@@ -70,7 +70,7 @@ def tile(packed: Packed, rows: range, columns: range, dense: Tensor, width: int 
 
 def _fill(dense: Tensor, packed: Packed, start: int, across: int, stride: int, width: int | None) -> None:
     if packed.outer is None or packed.offset is None:
-        statistics = packed.absmax.float(), None, None, None
+        statistics: tuple[Tensor | None, ...] = packed.absmax.float(), None, None, None
     else:
         statistics = packed.absmax, nf4.dynamic_levels(), packed.outer.float(), packed.offset.float()
     tensors = (packed.data, *statistics, nf4.levels())
