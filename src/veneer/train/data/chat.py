@@ -40,6 +40,7 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINK = re.compile(r"</?think>")
 SPLITS = re.compile(r"split\(['\"]</think>|['\"]</think>['\"] in")
 """What templates have that find the reasoning inside an answer; others want it in a field of its own."""
+MARK_OF_A_TURN = re.compile(r"<\|.+\|>")
 PROBE = "veneer-probe"
 
 
@@ -297,8 +298,9 @@ def _parting(one: str, two: str) -> int:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens, the longest first."""
-    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """The special tokens, the longest first; also marks of turns that some models have as plain added tokens."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    added = [str(token.content) for token in tokens if token.special or MARK_OF_A_TURN.fullmatch(token.content)]
     return sorted({*added, *map(str, tokenizer.all_special_tokens)} - {""}, key=len, reverse=True)
 
 
