@@ -53,6 +53,9 @@ MARKED = (
 MARKED_WITH_END = MARKED.replace("{% endgeneration %}", "<|im_end|>\n{% endgeneration %}").replace(
     "{% endif %}<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"
 )
+MARKED_END_APART = MARKED_WITH_END.replace(
+    "<|im_end|>\n{% endgen", "{% endgeneration %}{% generation %}<|im_end|>\n{% endgen"
+)
 
 
 def byte_tokenizer(template=None, merges=(), end="<|im_end|>", special=SPECIAL, **options):

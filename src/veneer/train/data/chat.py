@@ -154,8 +154,13 @@ class Template:
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as wrong:
             raise self._cannot(messages, wrong) from wrong
         text = texts[0]
-        spans = [(start, len(text[:end].rstrip())) for start, end in marks[0] if text[start:end].strip()]
-        found = self._ended(Rendered(text, spans))
+        spans: list[tuple[int, int]] = []
+        for start, end in marks[0]:
+            if spans and start <= spans[-1][1]:  # an answer and its end may be marked one by one
+                start = spans.pop()[0]
+            if text[start:end].strip():
+                spans.append((start, end))
+        found = self._ended(Rendered(text, [(start, len(text[:end].rstrip())) for start, end in spans]))
         lost = _lost(messages, tools, [found])
         if lost and text == self.render(messages, tools):
             self.notes["The marks of the template leave out parts of answers; these were found without the marks."] = (
