@@ -53,9 +53,12 @@ MARKED = (
 MARKED_WITH_END = MARKED.replace("{% endgeneration %}", "<|im_end|>\n{% endgeneration %}").replace(
     "{% endif %}<|im_end|>\n{% endfor", "<|im_end|>\n{% endif %}{% endfor"
 )
+MARKED_END_APART = MARKED_WITH_END.replace(
+    "<|im_end|>\n{% endgen", "{% endgeneration %}{% generation %}<|im_end|>\n{% endgen"
+)
 
 
-def byte_tokenizer(template=None, merges=(), end="<|im_end|>", **options):
+def byte_tokenizer(template=None, merges=(), end="<|im_end|>", special=SPECIAL, **options):
     """One token a byte, the merges, and the special tokens of all templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
@@ -65,7 +68,7 @@ def byte_tokenizer(template=None, merges=(), end="<|im_end|>", **options):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         eos_token=end,
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=special,
         name_or_path="tiny",
         pad_token=end,
         **options,

@@ -6,6 +6,7 @@ from templates import (
     GEMMA,
     LLAMA3,
     MARKED,
+    MARKED_END_APART,
     MARKED_WITH_END,
     MISTRAL,
     QWEN3,
@@ -14,6 +15,7 @@ from templates import (
     learned,
     turns,
 )  # fmt: skip
+from tokenizers import AddedToken
 
 from veneer.errors import TemplateError
 from veneer.samples import smollm2
@@ -39,6 +41,7 @@ def encoded(template, messages, tools=None, all_tokens=False, **options):
         (GEMMA, ["Hello<end_of_turn>", "See you<end_of_turn>"]),
         (MISTRAL, [" Hello</s>", " See you</s>"]),
         (MARKED, ["Hello<|im_end|>", "See you<|im_end|>"]),
+        (MARKED_END_APART, ["Hello<|im_end|>", "See you<|im_end|>"]),
         (MARKED_WITH_END, ["Hello<|im_end|>", "See you<|im_end|>"]),
         (PLAIN, ["Hello<|im_end|>", "See you<|im_end|>"]),
         (THINKING, ["Hello<|im_end|>", "See you<|im_end|>"]),
@@ -198,6 +201,13 @@ def test_an_answer_that_ends_where_the_next_turn_begins():
     tokenizer, template, [row] = encoded(glm, TWO)
     assert learned(tokenizer, row) == ["Hello[INST]", "See you<|im_end|>"]
     assert list(template.notes) == ["The template ends an answer with nothing; <|im_end|> was put behind the last one."]
+
+
+def test_an_end_of_turn_that_is_no_special_token():
+    tokenizer = byte_tokenizer(CHATML, end="</s>", special=["</s>"])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<|im_start|>", "<|im_end|>")])
+    [(row, _)] = Template(tokenizer).encoded(TWO, None, all_tokens=False)
+    assert learned(tokenizer, row) == ["Hello<|im_end|>", "See you<|im_end|>"]
 
 
 def test_what_stands_only_behind_the_last_answer_is_not_learned():

@@ -222,8 +222,11 @@ def test_what_is_wrong_with_a_row_is_said(tmp_path, row, said):
         prepare(Data(path=path, held_out=0), ViTImageProcessor() if "image" in row else byte_tokenizer(CHATML))
 
 
-def test_paths_that_are_none(tmp_path):
+def test_paths_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "train.jsonl").touch()
+    monkeypatch.chdir(tmp_path.parent)
+    with pytest.raises(DataError, match=rf"{tmp_path.name}/train.jsonll does not exist. Closest: train.jsonl"):
+        prepared(f"{tmp_path.name}/train.jsonll")
     with pytest.raises(DataError, match=r"trian.jsonl does not exist. Closest: train.jsonl"):
         prepared(tmp_path / "trian.jsonl")
     with pytest.raises(DataError, match="has no rows"):

@@ -40,6 +40,7 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINK = re.compile(r"</?think>")
 SPLITS = re.compile(r"split\(['\"]</think>|['\"]</think>['\"] in")
 """What templates have that find the reasoning inside an answer; others want it in a field of its own."""
+MARK_OF_A_TURN = re.compile(r"<\|.+\|>")
 PROBE = "veneer-probe"
 
 
@@ -153,8 +154,13 @@ class Template:
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as wrong:
             raise self._cannot(messages, wrong) from wrong
         text = texts[0]
-        spans = [(start, len(text[:end].rstrip())) for start, end in marks[0] if text[start:end].strip()]
-        found = self._ended(Rendered(text, spans))
+        spans: list[tuple[int, int]] = []
+        for start, end in marks[0]:
+            if spans and start <= spans[-1][1]:  # an answer and its end may be marked one by one
+                start = spans.pop()[0]
+            if text[start:end].strip():
+                spans.append((start, end))
+        found = self._ended(Rendered(text, [(start, len(text[:end].rstrip())) for start, end in spans]))
         lost = _lost(messages, tools, [found])
         if lost and text == self.render(messages, tools):
             self.notes["The marks of the template leave out parts of answers; these were found without the marks."] = (
@@ -297,8 +303,9 @@ def _parting(one: str, two: str) -> int:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens, the longest first."""
-    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """The special tokens, the longest first; also marks of turns that some models have as plain added tokens."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    added = [str(token.content) for token in tokens if token.special or MARK_OF_A_TURN.fullmatch(token.content)]
     return sorted({*added, *map(str, tokenizer.all_special_tokens)} - {""}, key=len, reverse=True)
 
 

@@ -65,8 +65,8 @@ class Source:
             found = datasets.load_dataset(self.identifier, self.name, split=self.split, streaming=self.streaming)
         except Exception as wrong:  # the library raises many kinds: no network, no such id, no such split
             raise DataError(
-                f"{self.identifier!r} is no file here, and the datasets library cannot load it: {_short(wrong)} "
-                "Check the path, the name and the split."
+                f"{self.identifier!r} is no file here, and the datasets library cannot load it: "
+                f"{_short(wrong).rstrip('.')}. Check the path, the name and the split."
             ) from wrong
         for column, kind in (found.features or {}).items():
             if isinstance(kind, datasets.Image | datasets.Audio):
@@ -123,9 +123,10 @@ def find(paths: Sequence[str], name: str | None, split: str | None, streaming: b
 
 
 def _may_be_id(path: str) -> bool:
-    return (
-        path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not path.lower().endswith(TABLES + DOCUMENTS)
-    )
+    if "/" in path and Path(path).parent.is_dir():  # the folder is here, so a file in it was meant
+        return False
+    local = path.startswith((".", "/", "~")) or path.lower().endswith(TABLES + DOCUMENTS)
+    return path.count("/") <= 1 and not local
 
 
 def _missing(path: Path) -> str:
