@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import places, site
+from veneer import checkpoints, places, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -188,6 +188,7 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
     if not state.adapters:
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
+        checkpoints.adapters_only(model)
     vars(model)[STATE] = state
     adapter = Adapter(name, model, claims, also_train)
     for one in claims:
@@ -217,6 +218,7 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     adapter.attached = False
     if not state.adapters:
         del vars(model)[STATE]
+        checkpoints.whole(model)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(key, parameter.requires_grad))
     torch.compiler.reset()

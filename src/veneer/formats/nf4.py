@@ -74,6 +74,9 @@ class NF4Linear(nn.Linear):
         destination[f"{prefix}{_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" not in state_dict:  # a checkpoint of adapters alone; torch says what is missing
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         mine = {key: state_dict.pop(f"{prefix}weight.{key}", None) for key in ("absmax", "nested_absmax")}
         for key in ("weight.quant_map", "weight.nested_quant_map"):
             state_dict.pop(f"{prefix}{key}", None)
