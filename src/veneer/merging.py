@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from veneer import checkpoints
 from veneer.adapter import take_off
 from veneer.changes import depth, outwards
 from veneer.delta import Delta, Weight, compute_dtype, row_index
@@ -47,6 +48,7 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
         return
     routes = state.routes
     routes.merged.append(adapter.name)
+    checkpoints.whole(model)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
         routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
@@ -176,6 +178,8 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
+    if not merged:
+        checkpoints.adapters_only(model)
     torch.compiler.reset()
 
 
