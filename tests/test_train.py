@@ -269,7 +269,7 @@ def test_training_adds_what_the_methods_add_to_the_loss(tokenizer, strength):
     history = fit(model, fusion, rows, Collator.of(model, tokenizer), recipe)
     distance = sum((value - torch.eye(32)).pow(2).sum().item() for value in values)
     assert distance == pytest.approx(2 * 32 * 32 * 0.01) if strength == 0 else distance < 2 * 32 * 32 * 0.01 * 0.95
-    assert (history.training[0][1] > 1000) == (strength > 0)
+    assert history.training[0][1] < 1000  # the batch's own
 
 
 def test_speed_counts_the_tokens_without_padding_and_the_time_without_probes(tokenizer, monkeypatch):

@@ -1,9 +1,10 @@
-"""What transformers' Trainer reads off a model to decide what a checkpoint holds, and whether a quantized base may train.
+"""What transformers' Trainer reads off a model: what a checkpoint holds, and whether a quantized base may train.
 
-`save_pretrained`, and with it every checkpoint of a Trainer, leaves out the keys in `_keys_to_ignore_on_save`, and loading
-such a checkpoint takes for granted that they are missing; so a model with adapters names there what is frozen. It also
-renames keys into the form that a family's files have, but a Trainer does not rename them back, so that an adapter on
-experts would not be found again. A quantized model is refused until something trains beside it, which `is_quantized` says.
+`save_pretrained`, and with it every checkpoint of a Trainer, leaves out the keys in `_keys_to_ignore_on_save`, and
+loading such a checkpoint takes for granted that they are missing; so a model with adapters names there what is frozen.
+It also renames keys into the form that a family's files have, but a Trainer does not rename them back, so that an
+adapter on experts would not be found again. A quantized model is refused until something trains beside it, which
+`is_quantized` says.
 """
 
 from __future__ import annotations

@@ -45,8 +45,9 @@ class AdaLoRA(Method):
         rank_pattern: other numbers of triplets, by glob or `re:` regex over module paths; the scale stays.
 
     Cost:
-        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. The
-        trainer calls `Adapter.regularization`, and `Adapter.after_step` while gradients are there, as `train.fit` does.
+        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. A
+        Trainer needs `callbacks=[veneer.train.AdapterCallback(adapter)]`; a loop of one's own calls
+        `adapter.regularization()` for the loss, and `adapter.after_step(step)` while gradients are there.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
