@@ -317,11 +317,12 @@ class Method(ABC):
     `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections), "table"
     (an embedding, with all that is tied to it), "parameter" (any parameter), "attention" (keys and values), "sublayer"
     (a branch beside the residual stream) or "input" (input embeddings). `default_where` is where it goes when the user
-    names nothing.
+    names nothing, `learning_rate` what a recipe trains it with (AdamW) when it names none.
     """
 
     unit: ClassVar[Unit] = "weight"
     default_where: ClassVar[str] = "linear"
+    learning_rate: ClassVar[float] = 5e-4
 
     def __post_init__(self) -> None:
         """Check every option against its annotation, so that a wrong value is named before it does harm."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,23 @@ LINES = 10
 
 @dataclass
 class History:
-    """What happened during training: (step, loss) of each batch and of the held-out examples, and the speed."""
+    """What happened during training: (step, loss) of each batch and of the held-out examples, rates, and the speed."""
 
     training: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, log: Sequence[dict[str, float]], before: float | None) -> History:
+        """From a Trainer's log; `before` is the held-out loss of the base."""
+        start = [] if before is None else [(0, before)]
+        return cls(
+            [(int(entry["step"]), entry["loss"]) for entry in log if "loss" in entry],
+            start + [(int(entry["step"]), entry["eval_loss"]) for entry in log if "eval_loss" in entry],
+            [(int(entry["step"]), entry["learning_rate"]) for entry in log if "learning_rate" in entry],
+        )
 
     @property
     def tokens_per_second(self) -> float:
