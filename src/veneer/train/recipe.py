@@ -234,9 +234,15 @@ def _built(section: Section) -> list[tuple[Method, str | None]]:
     for name in type(section).model_fields:
         options = vars(section)[name]
         if options is not None:
-            own = {key: value for key, value in vars(options).items() if key != "where"}
-            found.append((vars(methods)[name](**own), options.where))
+            found.append((_method(name, options), options.where))
     return found
+
+
+def _method(name: str, options: Section) -> Method:
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(options).items()}
+    del own["where"]
+    built: Method = vars(methods)[name](**own)
+    return built
 
 
 def schema() -> dict[str, Any]:
@@ -306,9 +312,8 @@ def _checked(recipe: Recipe, found: lines.Lined) -> Iterable[str]:
     for name, options in vars(recipe.method).items():
         if options is None:
             continue
-        own = {key: value for key, value in vars(options).items() if key != "where"}
         try:
-            vars(methods)[name](**own)
+            _method(name, options)
         except MethodError as error:
             yield f"{found.line(('method', name))}: {error}"
 
