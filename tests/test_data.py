@@ -388,7 +388,7 @@ def test_mistakes_are_a_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, 
 
 
 def test_a_recipe_names_model_and_seed(tmp_path, path):
-    (tmp_path / "a.yaml").write_text("model: {path: here}\nseed: 3\ndata: train.jsonl\n", encoding="utf-8")
+    (tmp_path / "a.yaml").write_text("model: {name: here}\ntraining: {seed: 3}\ndata: train.jsonl\n", encoding="utf-8")
     data, model, seed = read(str(tmp_path / "a.yaml"))
     assert (data.path, model, seed) == (path, "here", 3)
     with pytest.raises(VeneerError, match=r"gone.yaml does not exist"):

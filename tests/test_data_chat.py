@@ -87,7 +87,8 @@ def test_what_comes_before_an_answer_is_what_the_model_is_asked_with():
 def test_an_opening_that_answers_do_not_have_is_told():
     _, template, _ = encoded(THINKING, TWO)
     assert list(template.notes) == [
-        "The template begins an answer with '<think>\\n', which the answers here do not have."
+        "Asked to answer, the template writes '<|im_start|>assistant\\n<think>\\n'; before these answers stands "
+        "'<|im_start|>assistant\\n'."
     ]
 
 
@@ -127,6 +128,7 @@ def test_a_user_who_speaks_last_is_left_out():
     assert tokenizer.decode(row["input_ids"]).endswith("See you<|im_end|>")
 
 
+TOOLS_ONLY = "{{ tools | tojson }}" + CHATML  # names the tool, but writes no call
 BACKWARDS = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -137,6 +139,12 @@ BACKWARDS = "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% 
         (BACKWARDS, TWO, None, "turn 2 so that the place of the answer cannot be told.*data.chat_template"),
         (MISTRAL, turns("Hi", "Hello", system="Be kind."), None, "leaves out the system's 'Be kind.'"),
         (CHATML, turns("Hi", "Hello"), [TOOL], "leaves out the tool weather"),
+        (
+            TOOLS_ONLY,
+            [*turns("Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}],
+            [TOOL],
+            "calls of tools",
+        ),
         (CHATML, [*turns("Hi"), {"role": "assistant", "content": "", "tool_calls": [CALL]}], None, "calls of tools"),
     ],
 )
@@ -149,7 +157,62 @@ def test_marks_that_mark_nothing_are_told_and_done_without():
     odd = MARKED.replace("{% if m.role == 'assistant' %}{% generation", "{% if m.role == 'robot' %}{% generation")
     tokenizer, template, [row] = encoded(odd, TWO)
     assert learned(tokenizer, row) == ["Hello<|im_end|>", "See you<|im_end|>"]
-    assert "marked nothing" in next(iter(template.notes))
+    assert "leave out parts of answers" in next(iter(template.notes))
+
+
+def test_reasoning_that_marks_leave_out_is_found_without_them():
+    dropping = MARKED.replace("{% generation %}{{ m.content }}", "{% generation %}{{ m.content if loop.last else "
+                              "m.content.split('</think>')[-1].strip() }}")  # fmt: skip
+    tokenizer, _, rows = encoded(dropping, THOUGHT)
+    assert [learned(tokenizer, row)[0] for row in rows] == [f"{m['content']}<|im_end|>" for m in THOUGHT[1::2]]
+
+
+def test_reasoning_that_a_template_opens_but_leaves_out_stands_behind_the_opening():
+    r1 = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>{{ m.content }}{% else %}<|im_end|>"
+        "{{ m.content.split('</think>')[-1].strip() }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_end|><think>\n{% endif %}"
+    )
+    tokenizer, template, rows = encoded(r1, THOUGHT)
+    assert [tokenizer.decode(row["input_ids"]) for row in rows] == [
+        "<|im_start|>Hi<|im_end|><think>\nshort\n</think>\n\nHello</s>",
+        "<|im_start|>Hi<|im_end|>Hello</s><|im_start|>Bye<|im_end|><think>\nlong\n</think>\n\nSee you</s>",
+    ]
+    assert [learned(tokenizer, row) for row in rows] == [
+        ["short\n</think>\n\nHello</s>"], ["long\n</think>\n\nSee you</s>"],
+    ]  # fmt: skip
+    assert "put behind the opening" in next(iter(template.notes))
+
+
+def test_reasoning_goes_where_the_template_wants_it():
+    apart = CHATML.replace("{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+                           "{% endif %}{{ m.content }}")  # fmt: skip
+    tokenizer, _, [row] = encoded(apart, THOUGHT)
+    assert learned(tokenizer, row) == ["<think>short</think>Hello<|im_end|>", "<think>long</think>See you<|im_end|>"]
+
+
+def test_an_answer_that_ends_where_the_next_turn_begins():
+    """GLM's models stop by writing the token that begins the next turn."""
+    glm = "{% for m in messages %}[{{ '' }}INST]{{ m.role }}\n{{ m.content }}{% endfor %}"
+    glm += "{% if add_generation_prompt %}[INST]assistant\n{% endif %}"
+    tokenizer, template, [row] = encoded(glm, TWO)
+    assert learned(tokenizer, row) == ["Hello[INST]", "See you<|im_end|>"]
+    assert list(template.notes) == ["The template ends an answer with nothing; <|im_end|> was put behind the last one."]
+
+
+def test_what_stands_only_behind_the_last_answer_is_not_learned():
+    """Phi's template writes the end of the text where no answer is asked for."""
+    phi = CHATML.replace("{% endfor %}", "{% endfor %}{{ '' if add_generation_prompt else '</s>' }}")
+    tokenizer, _, [row] = encoded(phi, TWO)
+    assert learned(tokenizer, row) == ["Hello<|im_end|>", "See you<|im_end|>"]
+
+
+def test_templates_that_want_parts():
+    seeing = CHATML.replace("{{ m.content }}", "{% for p in m.content %}{{ p.text if p.type == 'text' }}"
+                            "{% endfor %}")  # fmt: skip
+    tokenizer, template, [row] = encoded(seeing, TWO)
+    assert template.parts
+    assert learned(tokenizer, row) == ["Hello<|im_end|>", "See you<|im_end|>"]
 
 
 def test_parts_joined_by_a_token_are_tokenized_alone():

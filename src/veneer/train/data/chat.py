@@ -37,6 +37,10 @@ PLAIN = (
 """The template of a tokenizer that has none: a heading a turn, and the end-of-text token after an answer."""
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+THINK = re.compile(r"</?think>")
+SPLITS = re.compile(r"split\(['\"]</think>|['\"]</think>['\"] in")
+"""What templates have that find the reasoning inside an answer; others want it in a field of its own."""
+PROBE = "veneer-probe"
 
 
 class Rendered(NamedTuple):
@@ -52,152 +56,238 @@ class Template:
 
     tokenizer: PreTrainedTokenizerBase
     notes: dict[str, None] = field(default_factory=dict)
+    parts: bool = field(default=False, init=False)
+    reasoning_apart: bool = field(default=False, init=False)
+    arguments_as_text: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
+        self.special = _special(self.tokenizer)
         self.marked = bool(MARKS.search(str(self.tokenizer.chat_template)))
+        asked, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": "a"}
+        # templates of models that see want lists of parts
+        self.parts = not self._writes([asked]) and self._writes([asked], parts=True)
+        if not SPLITS.search(str(self.tokenizer.chat_template)):
+            thought = {**answer, "content": f"<think>{PROBE}</think>a"}
+            self.reasoning_apart = self._writes([{**asked, "content": "q"}, thought], reasoning_apart=True)
+        call = {"type": "function", "function": {"name": PROBE, "arguments": {"a": "b"}}}
+        called = [{**asked, "content": "q"}, {**answer, "content": "", "tool_calls": [call]}]
+        self.arguments_as_text = not self._writes(called) and self._writes(called, arguments_as_text=True)
+
+    def _writes(self, messages: list[Message], **forms: bool) -> bool:
+        """Whether the template writes PROBE, with messages in these forms."""
+        before = {form: getattr(self, form) for form in forms}
+        vars(self).update(forms)
+        try:
+            return PROBE in self.render(messages, None)
+        except TemplateError:
+            return False
+        finally:
+            vars(self).update(before)
 
     def encoded(self, messages: list[Message], tools: list[Any] | None, all_tokens: bool) -> list[tuple[Encoded, int]]:
         """The examples of a conversation, and how many tokens of each were joined over the edge of an answer.
 
         TemplateError where the place of an answer cannot be told, or something said is not in what was rendered.
         """
-        if not all_tokens:
+        if all_tokens:
+            text = self.render(messages, tools)
+            found = [Rendered(text, [(0, len(text))])]
+        else:
             answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             messages = messages[: answers[-1] + 1] if answers else []
-        rendered = list(self.rendered(messages, tools, all_tokens)) if messages else []
-        self._check_nothing_lost(messages, tools, rendered)
-        return [_tokens(self.tokenizer, one, all_tokens) for one in rendered]
-
-    def rendered(self, messages: list[Message], tools: list[Any] | None, all_tokens: bool) -> Iterator[Rendered]:
-        """The texts of a conversation with what is learned of each."""
-        if all_tokens:
-            yield Rendered(self.render(messages, tools), [])
-            return
-        if self.marked:
-            text, spans = self._marks(messages, tools)
-            if spans:
-                yield Rendered(text, spans)
-                return
-            self.notes["The template has {% generation %} marks that marked nothing; answers were found without."] = (
-                None
+            marked = self._marks(messages, tools) if self.marked and messages else None
+            found = [marked] if marked else list(self._by_difference(messages, tools))
+        lost = _lost(messages, tools, found)
+        if lost:
+            raise TemplateError(
+                f"The chat template of {self.name} leaves out {lost}. Drop such rows, or name a template that "
+                "has it in data.chat_template."
             )
-        current: Rendered | None = None
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            text, start = self._turn(messages, tools, number)
-            span = (start, _end(self.tokenizer, text, start))
-            if current is None:
-                current = Rendered(text, [span])
-            elif text.startswith(current.text[: current.spans[-1][1]]):
-                current = Rendered(text, [*current.spans, span])
-            else:
-                yield current
-                current = Rendered(text, [span])
-        if current is not None:
-            yield current
+        return [_tokens(self.tokenizer, one) for one in found]
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None, open_answer: bool = False) -> str:
         """The text of a conversation; `open_answer` ends where the assistant begins."""
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=open_answer
+                self._fitted(messages), tools=tools, tokenize=False, add_generation_prompt=open_answer
             )
         except (jinja2.TemplateError, TypeError, KeyError, IndexError) as wrong:
-            roles = ", ".join(message["role"] for message in messages)
-            raise TemplateError(
-                f"The chat template of {self.name} cannot render the roles {roles}: {wrong}."
-            ) from wrong
+            raise self._cannot(messages, wrong) from wrong
         return str(text)
+
+    def _cannot(self, messages: Sequence[Message], wrong: Exception) -> TemplateError:
+        roles = ", ".join(message["role"] for message in messages)
+        return TemplateError(
+            f"The chat template of {self.name} cannot render the roles {roles}: {str(wrong).rstrip('.')}. Change the "
+            "rows, or name another template in data.chat_template."
+        )
+
+    def _fitted(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages in the form that this template reads."""
+        found = []
+        for message in messages:
+            content = message["content"]
+            if self.reasoning_apart and message["role"] == "assistant" and "</think>" in content:
+                thought, _, content = content.rpartition("</think>")
+                message = {**message, "reasoning_content": THINK.sub("", thought).strip()}
+                content = content.lstrip("\n")
+            if self.arguments_as_text and message.get("tool_calls"):
+                calls = [{**call, "function": _as_text(call["function"])} for call in message["tool_calls"]]
+                message = {**message, "tool_calls": calls}
+            found.append({**message, "content": [{"type": "text", "text": content}] if self.parts else content})
+        return found
+
+    def _marks(self, messages: list[Message], tools: list[Any] | None) -> Rendered | None:
+        """By the template's own marks; None where they do not cover the answers."""
+        render: Any = render_jinja_template  # its annotations are of another version
+        try:
+            texts, marks = render(
+                conversations=[self._fitted(messages)],
+                tools=tools,
+                chat_template=self.tokenizer.get_chat_template(tools=tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as wrong:
+            raise self._cannot(messages, wrong) from wrong
+        text = texts[0]
+        spans = [(start, len(text[:end].rstrip())) for start, end in marks[0] if text[start:end].strip()]
+        found = self._ended(Rendered(text, spans))
+        lost = _lost(messages, tools, [found])
+        if lost and text == self.render(messages, tools):
+            self.notes["The marks of the template leave out parts of answers; these were found without the marks."] = (
+                None
+            )
+        return None if lost or text != self.render(messages, tools) else found
+
+    def _by_difference(self, messages: list[Message], tools: list[Any] | None) -> Iterator[Rendered]:
+        """By rendering without and with each answer; several texts where a later one does not begin with an earlier."""
+        current: Rendered | None = None
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            text, start = self._turn(messages, tools, number)
+            span = (start, self._end(text, start, message))
+            if current is None:
+                current = Rendered(text, [span])
+            elif text.startswith(current.text[: current.spans[-1][1]]):
+                current = Rendered(text, [*current.spans, span])
+            else:
+                yield self._ended(current)
+                current = Rendered(text, [span])
+        if current is not None:
+            yield self._ended(current)
 
     def _turn(self, messages: list[Message], tools: list[Any] | None, number: int) -> tuple[str, int]:
         """The text up to and including an assistant's turn, and where its answer starts there."""
-        text = self.render(messages[: number + 1], tools)
-        opening = self._opening(messages[:number], tools)
+        before, turn = messages[:number], messages[: number + 1]
+        text = self.render(turn, tools)
+        opening = self.render(before, tools, open_answer=True) if before else None
         if opening is not None and text.startswith(opening):
             return text, len(opening)
-        start = self._start_by_trial(messages[: number + 1], tools, text)
-        if start is None:
+        one, two = (self.render([*before, {**turn[-1], "content": content}], tools) for content in ("Aa", "Bb"))
+        start = _parting(one, two)
+        base = self.render(before, tools) if before else ""
+        if opening is not None and (reasoned := self._reasoned(turn[-1], opening, text, one[start + 2 :])):
+            return reasoned, len(opening)
+        thinks = turn[-1].get("reasoning_content") or "</think>" in turn[-1]["content"]
+        said = turn[-1]["content"].strip()
+        if thinks or start == len(one) or not (text.startswith(base) and text.startswith(one[:start] + said)):
             raise TemplateError(
                 f"The chat template of {self.name} renders turn {number + 1} so that the place of the answer "
                 f"cannot be told: before it came {(opening or '')[-40:]!r}, with it {text[-80:]!r}. Mark the "
-                "answers in the template by {% generation %} and {% endgeneration %}, and "
-                "name the file in data.chat_template."
+                "answers in the template by {% generation %} and {% endgeneration %}, and name its file in "
+                "data.chat_template."
             )
         if opening is not None:
-            start_there = opening[min(_parting(opening, text), start) :]
-            self.notes[f"The template begins an answer with {start_there!r}, which the answers here do not have."] = (
+            asked, stands = opening[len(base) :], text[len(base) : start]
+            self.notes[f"Asked to answer, the template writes {asked!r}; before these answers stands {stands!r}."] = (
                 None
             )
         return text, start
 
-    def _opening(self, before: list[Message], tools: list[Any] | None) -> str | None:
-        return self.render(before, tools, open_answer=True) if before else None
-
-    def _start_by_trial(self, messages: list[Message], tools: list[Any] | None, text: str) -> int | None:
-        """Where the content of the last turn starts: where renderings with two other contents part, all before it."""
-        last = messages[-1]
-        if last.get("tool_calls") or last.get("reasoning_content") or "</think>" in last["content"]:
+    def _reasoned(self, answer: Message, opening: str, text: str, end: str) -> str | None:
+        """Where a template opens the reasoning for the model but leaves it out of answers: what the model writes."""
+        content = answer["content"].lstrip()
+        thought = THINK.split(content)[-2].strip() if "</think>" in content else ""
+        shared = next((size for size in range(len(content), 0, -1) if opening.endswith(content[:size])), 0)
+        if not thought or thought in text or not shared or answer.get("tool_calls"):
             return None
-        if messages[:-1] and not text.startswith(self.render(messages[:-1], tools)):
-            return None
-        one, two = (self.render([*messages[:-1], {**last, "content": content}], tools) for content in ("Aa", "Bb"))
-        start = _parting(one, two)
-        if start == len(one) or text[:start] != one[:start] or not text[start:].startswith(last["content"].strip()):
-            return None
-        return start
-
-    def _marks(self, messages: list[Message], tools: list[Any] | None) -> Rendered:
-        render: Any = render_jinja_template  # its annotations are of another version
-        texts, marks = render(
-            conversations=[messages],
-            tools=tools,
-            chat_template=self.tokenizer.get_chat_template(tools=tools),
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+        self.notes["The template opens the reasoning and leaves it out of answers; it was put behind the opening."] = (
+            None
         )
-        text = texts[0]
-        if text != self.render(messages, tools):
-            raise TemplateError(f"The chat template of {self.name} renders a conversation differently with its marks.")
-        spans = [(start, self._closed(text, end)) for start, end in marks[0] if end > start]
+        return opening + content[shared:] + end
+
+    def _end(self, text: str, start: int, answer: Message) -> int:
+        """One past the special tokens that end an answer; some templates write a line break or more after them."""
+        said = THINK.split(answer["content"])[-1].strip()
+        place = text.rfind(said, start) if said and not answer.get("tool_calls") else -1
+        if place < 0:  # calls of tools may be made of special tokens
+            last = [at + len(token) for token in self.special if (at := text.rfind(token, start)) >= 0]
+            return max(last, default=len(text))
+        first = [at for token in self.special if (at := text.find(token, place + len(said))) >= 0]
+        if not first:
+            return len(text)
+        end = min(first)
+        while token := self._token(text, end):
+            end += len(token)
+        return end
+
+    def _token(self, text: str, place: int) -> str:
+        """The special token that stands at a place, or nothing."""
+        return next((token for token in self.special if text.startswith(token, place)), "")
+
+    def _ended(self, rendered: Rendered) -> Rendered:
+        """With the token that ends each answer: that of the next turn, or of the text, where a template writes none."""
+        text, spans = rendered.text, []
+        for start, end in rendered.spans:
+            if not text[:end].endswith(tuple(self.special)):
+                token = self._token(text, end)
+                if not token and not text[end:].strip() and self.tokenizer.eos_token:
+                    token = str(self.tokenizer.eos_token)
+                    text = text[:end] + token
+                    self.notes[f"The template ends an answer with nothing; {token} was put behind the last one."] = None
+                end += len(token)
+            spans.append((start, end))
         return Rendered(text, spans)
 
-    def _closed(self, text: str, end: int) -> int:
-        """The end of a marked answer with the token that ends its turn, which some templates leave outside the mark."""
-        marked = text[:end].rstrip()
-        if any(marked.endswith(token) for token in _special(self.tokenizer)):
-            return len(marked)
-        return end + len(next((token for token in _special(self.tokenizer) if text.startswith(token, end)), ""))
 
-    def _check_nothing_lost(
-        self, messages: list[Message], tools: list[Any] | None, rendered: Sequence[Rendered]
-    ) -> None:
-        """TemplateError for a message, a call or a tool that the template leaves out, as many do in silence."""
-        whole = "\n".join(one.text for one in rendered)
-        for message in messages:
-            said = message["content"].rpartition("</think>")[2].strip()
-            written = (said, json.dumps(said, ensure_ascii=False)[1:-1])  # some write what a tool returns as JSON
-            if not any(form in whole for form in written) and any(
-                line.strip() not in whole for line in said.splitlines()
-            ):
-                raise TemplateError(
-                    f"The chat template of {self.name} leaves out the {message['role']}'s {said[:40]!r}. Drop such "
-                    "messages, or name a template that has them in data.chat_template."
-                )
-            for call in message.get("tool_calls", ()):
-                if call["function"]["name"] not in whole:
-                    raise TemplateError(
-                        f"The chat template of {self.name} leaves out calls of tools ({call['function']['name']}). "
-                        "Take the template of a model that calls tools, in data.chat_template."
-                    )
-        for tool in tools or () if rendered else ():
-            name = str(tool.get("function", tool).get("name", "")) if isinstance(tool, dict) else ""
-            if name not in whole:
-                raise TemplateError(
-                    f"The chat template of {self.name} leaves out the tool {name}. Take the template of a model that "
-                    "calls tools, in data.chat_template."
-                )
+def _lost(messages: Sequence[Message], tools: list[Any] | None, rendered: Sequence[Rendered]) -> str | None:
+    """A message, a call or a tool that is not where it should be, as many templates leave them out in silence."""
+    if not rendered:
+        return None
+    whole = "\n".join(one.text for one in rendered)
+    learned = "\n".join(one.text[start:end] for one in rendered for start, end in one.spans)
+    for message in messages:
+        answer = message["role"] == "assistant"
+        pieces = (
+            [*THINK.split(message["content"]), message.get("reasoning_content") or ""]
+            if answer
+            else [message["content"]]
+        )
+        for piece in pieces:
+            if not _written(piece.strip(), learned if answer else whole):
+                return f"the {message['role']}'s {piece.strip()[:40]!r}"
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in learned:
+                return f"calls of tools ({call['function']['name']})"
+    names = [str(tool.get("function", tool).get("name", "")) for tool in tools or () if isinstance(tool, dict)]
+    return next((f"the tool {name}" for name in names if name not in whole), None)
+
+
+def _as_text(function: Message) -> Message:
+    """A call whose arguments are the JSON text that OpenAI has there."""
+    return {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}
+
+
+def _written(said: str, text: str) -> bool:
+    """Whether it stands in a text: as it is, line by line, or as JSON, in which some write what a tool returns."""
+    return (
+        said in text
+        or json.dumps(said, ensure_ascii=False)[1:-1] in text
+        or all(line.strip() in text for line in said.splitlines())
+    )
 
 
 def _parting(one: str, two: str) -> int:
@@ -208,26 +298,13 @@ def _parting(one: str, two: str) -> int:
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The special tokens, the longest first."""
     added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
+    return sorted({*added, *map(str, tokenizer.all_special_tokens)} - {""}, key=len, reverse=True)
 
 
-def _end(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> int:
-    """One past the last special token of the answer; some templates write a line break after it, which nobody reads."""
-    ends = [
-        place + len(token) for token in _special(tokenizer) if token and (place := text.rfind(token, start)) >= start
-    ]
-    return max(ends, default=len(text))
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, rendered: Rendered, all_tokens: bool) -> tuple[Encoded, int]:
-    """Ids and labels of one text; with all tokens, the text to its end."""
-    if all_tokens:
-        ids = plain_ids(tokenizer, rendered.text)
-        return {"input_ids": ids, "labels": list(ids)}, 0
+def _tokens(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> tuple[Encoded, int]:
+    """Ids and labels of one text up to its last answer, and how many tokens lay across an edge."""
     edges = [edge for span in rendered.spans for edge in span]
-    text = rendered.text[: edges[-1]]
-    starts = [0, *edges[:-1]]
-    parts, joined = in_parts(tokenizer, [text[a:b] for a, b in zip(starts, edges, strict=True)])
+    parts, joined = in_parts(tokenizer, [rendered.text[a:b] for a, b in zip([0, *edges[:-1]], edges, strict=True)])
     ids, labels = [], []
     for number, part in enumerate(parts):
         ids += part

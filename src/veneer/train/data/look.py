@@ -33,9 +33,7 @@ def look(source: str, model: str, count: int) -> Seen:
     format_, task = recognize(data)
     model = model or own
     if not model:
-        raise DataError(
-            f"{source} is {format_} for {task}. Name the model by --tokenizer, a folder or an id."
-        )
+        raise DataError(f"{source} is {format_} for {task}. Name the model by --tokenizer, a folder or an id.")
     processing = load_processing(model, task)
     prepared = prepare(data, processing, seed)
     tokenizer = None if prepared.task == "image_classification" else tokenizer_of(processing)
@@ -60,8 +58,9 @@ def read(source: str) -> tuple[Data, str, int]:
         raise DataError(f"{path} has no section 'data'.")
     model: Any = recipe.get("model") or ""
     if isinstance(model, dict):
-        model = model.get("path") or model.get("name") or ""
-    seed = recipe.get("seed", 0)
+        model = model.get("name") or ""
+    training = recipe.get("training")
+    seed = training.get("seed", 0) if isinstance(training, dict) else 0
     return Data.of(recipe["data"], path.parent), str(model), seed if isinstance(seed, int) else 0
 
 

@@ -71,8 +71,8 @@ def check_packing(model: nn.Module) -> None:
     if error > 0.2 * border + 1e-6 * float(apart.abs().max()):
         raise DataError(
             f"{name} lets packed examples see each other: the largest logit is off by {error:.2g}, without borders by "
-            f"{border:.2g}. Set data.packing: false, or load it with attn_implementation='sdpa'. A trained prompt in front "
-            "of a row serves its first example only; prefixes are in front of each."
+            f"{border:.2g}. Set data.packing: false, or load it with attn_implementation='sdpa'. A trained prompt in "
+            "front of a row serves its first example only; prefixes are in front of each."
         )
 
 
