@@ -22,7 +22,7 @@ from transformers import (
 
 import veneer
 from veneer import formats
-from veneer.errors import MethodError, NotMergeable
+from veneer.errors import MethodError, PlaceError
 from veneer.formats.nf4 import NF4Linear
 
 with warnings.catch_warnings():
@@ -219,28 +219,6 @@ def test_elements_are_counted_and_not_bytes(kind):
     assert veneer.count_parameters(model).trainable == sum(p.numel() for p in adapter.parameters())
 
 
-@eight_bit
-@pytest.mark.parametrize("permanent", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
-def test_merging_is_refused_and_nothing_is_touched(kind, permanent):
-    """The first layer it comes to is dense and could be merged: it must come out as it was."""
-    model = quantized(kind)
-    model.model.layers[0].self_attn.q_proj = dense().model.layers[0].self_attn.q_proj
-    adapter = veneer.attach(model, veneer.LoRA(rank=4))
-    perturb(adapter)
-    with torch.no_grad():
-        answer = logits(model, text())
-    before = stored(model)
-    with pytest.raises(NotMergeable, match=r"model\.layers\.0\.self_attn\.k_proj.*quantized"):
-        veneer.merge(model, adapter, permanent=permanent)
-    same_tensors(stored(model), before)
-    assert adapter.attached
-    assert veneer.adapters(model) == {"default": adapter}
-    assert "merged" not in adapter.summary()
-    with torch.no_grad():
-        assert torch.equal(logits(model, text()), answer)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_a_quantized_weight_whole_is_refused(kind):
     model = quantized(kind)
@@ -304,3 +282,22 @@ def test_copies_keep_the_adapter(kind):
         veneer.detach(other, "default")
         assert not torch.equal(logits(other, text()), adapted)
         assert torch.equal(logits(model, text()), adapted)
+
+
+def test_bitsandbytes_is_kept_from_repacking_for_inference():
+    """On some CPUs its first forward in evaluation would stop every gradient below, silently."""
+    model = dense()
+    for path, module in linears(model).items():
+        model.set_submodule(path, quantize(module, "nf4"))
+        model.get_submodule(path).support_avx512bf16_for_cpu = True  # as bitsandbytes sets it where the CPU can
+    adapter = veneer.attach(model, veneer.LoRA(rank=4), "layers.0.*.q_proj")
+    with torch.no_grad():
+        logits(model.eval(), text())
+    backward(model)
+    assert all(parameter.grad is not None for parameter in adapter.parameters())
+    veneer.detach(model, adapter)
+    state = model.model.layers[1].mlp.up_proj.weight.quant_state
+    state.packing_format_for_cpu = True
+    with pytest.raises(PlaceError, match="repacked this model for inference"):
+        veneer.attach(model, veneer.LoRA(rank=4))
+    assert not veneer.adapters(model)

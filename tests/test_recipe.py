@@ -32,7 +32,11 @@ def test_four_lines_are_enough():
 def test_methods_go_where_they_are_told_with_their_options():
     text = SHORT.replace("method: LoRA", "method:\n  LoRA: {rank: 4, where: attention.q}\n  IA3:\n  BitFit: {}")
     found = recipe.read(text)
-    expected = {"attention.q": (veneer.LoRA(rank=4),), veneer.IA3.default_where: (veneer.IA3(),), "*": (veneer.BitFit(),)}
+    expected = {
+        "attention.q": (veneer.LoRA(rank=4),),
+        veneer.IA3.default_where: (veneer.IA3(),),
+        "*": (veneer.BitFit(),),
+    }
     assert found.methods() == {key: expected[key] for key in found.methods()}
     assert set(found.methods()) == {"attention.q", veneer.IA3.default_where, veneer.BitFit.default_where}
     assert found.learning_rate == min(veneer.LoRA.learning_rate, veneer.IA3.learning_rate, veneer.BitFit.learning_rate)
@@ -52,7 +56,13 @@ def test_options_that_are_lists_become_what_methods_take():
 
 
 def test_overrides_are_on_top():
-    changes = ["training.learning_rate=1e-4", "method.LoRA.rank=2", "model.dtype=bfloat16", "data.held_out=7", "output=x"]
+    changes = [
+        "training.learning_rate=1e-4",
+        "method.LoRA.rank=2",
+        "model.dtype=bfloat16",
+        "data.held_out=7",
+        "output=x",
+    ]
     found = recipe.read(SHORT, overrides=changes)
     assert found.training.learning_rate == 1e-4
     assert found.methods() == {"linear": (veneer.LoRA(rank=2),)}
@@ -82,7 +92,7 @@ optput: x
         ("r.yaml, line 5: data.heldout is no option.", "Closest: held_out."),
         ("r.yaml, line 6: training.schedule should be 'cosine', 'linear' or 'constant'", "Closest: cosine."),
         ("r.yaml, line 6: training.batch_size should be a valid integer, not 1.5.", ""),
-        ("r.yaml, line 6: training.seed should be a valid integer, not \"yes\".", ""),
+        ('r.yaml, line 6: training.seed should be a valid integer, not "yes".', ""),
         ("r.yaml, line 6: training.learning_rate should be greater than 0, not -1.", ""),
         ("r.yaml, line 7: evaluation: limit without metrics changes nothing", ""),
         ("r.yaml, line 8: optput is no option.", "Closest: output."),
@@ -115,8 +125,20 @@ def test_what_no_option_alone_can_say(text, message):
 
 
 def test_numbers_are_numbers_and_words_are_words():
-    found = lines.read("a: 1e-4\nb: on\nc: 2026-11-24\nd: 1.\ne: .5\nf: true\ng: 010\nh: ~\ni: '3'\nj: 1_000\n", "r").data
-    expected = {"a": 1e-4, "b": "on", "c": "2026-11-24", "d": 1.0, "e": 0.5, "f": True, "h": None, "i": "3", "j": "1_000"}
+    found = lines.read(
+        "a: 1e-4\nb: on\nc: 2026-11-24\nd: 1.\ne: .5\nf: true\ng: 010\nh: ~\ni: '3'\nj: 1_000\n", "r"
+    ).data
+    expected = {
+        "a": 1e-4,
+        "b": "on",
+        "c": "2026-11-24",
+        "d": 1.0,
+        "e": 0.5,
+        "f": True,
+        "h": None,
+        "i": "3",
+        "j": "1_000",
+    }
     assert {key: found[key] for key in expected} == expected
 
 

@@ -58,7 +58,14 @@ def test_a_run_leaves_what_it_says(whole):
     assert there == {"adapter", "checkpoints", "curve.png", "recipe.yaml", "report.json"}
     assert checkpoint.steps(whole.folder / "checkpoints") == [4, 6]
     kept = {path.name for path in (whole.folder / "checkpoints" / "checkpoint-6").iterdir()}
-    assert kept == {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "checksums.json"}
+    assert kept == {
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "checksums.json",
+    }
     saved = load_file(whole.folder / "checkpoints" / "checkpoint-6" / "model.safetensors")
     assert all(".adapters." in key for key in saved)
     report = json.loads((whole.folder / "report.json").read_text())
@@ -115,9 +122,15 @@ def test_every_task_trains(recipe, tmp_path, model, data, task, figures):
 # --- going on
 
 
-@pytest.mark.parametrize("overrides", [[], ["training.micro_batch_size=2", "training.steps=20", "training.checkpoint_every=7"],
-                                       ["method={AdaLoRA: {total_steps: 6, final: 1}}", "evaluation.keep=best"]],
-                         ids=["one epoch", "accumulated, two epochs", "a budget"])  # fmt: skip
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["training.micro_batch_size=2", "training.steps=20", "training.checkpoint_every=7"],
+        ["method={AdaLoRA: {total_steps: 6, final: 1}}", "evaluation.keep=best"],
+    ],
+    ids=["one epoch", "accumulated, two epochs", "a budget"],
+)
 def test_a_stopped_run_goes_on_to_the_bit(recipe, tmp_path, monkeypatch, overrides):
     undisturbed = go(recipe, tmp_path / "one", *overrides)
 
@@ -133,13 +146,15 @@ def test_a_stopped_run_goes_on_to_the_bit(recipe, tmp_path, monkeypatch, overrid
             go(recipe, tmp_path / "two", *overrides)
     assert checkpoint.steps(tmp_path / "two" / "checkpoints")[-1] == 5
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with pytest.raises(RunError, match="holds checkpoints of a run. Go on with --resume"):
+    with pytest.raises(RunError, match=r"holds checkpoints of a run\. Go on with --resume"):
         go(recipe, tmp_path / "two", *overrides)
     with pytest.raises(RunError, match=r"another recipe: training.seed differ"):
         go(recipe, tmp_path / "two", *overrides, "training.seed=5", resume=True)
     resumed = go(recipe, tmp_path / "two", *overrides, resume=True)
     if "method" in str(overrides):
-        same_tensors = zip(undisturbed.adapter.state_dict().values(), resumed.adapter.state_dict().values(), strict=True)
+        same_tensors = zip(
+            undisturbed.adapter.state_dict().values(), resumed.adapter.state_dict().values(), strict=True
+        )
         assert all(torch.equal(one, other) for one, other in same_tensors)
     else:
         assert same(undisturbed, resumed)
@@ -148,15 +163,14 @@ def test_a_stopped_run_goes_on_to_the_bit(recipe, tmp_path, monkeypatch, overrid
         go(recipe, tmp_path / "two", *overrides)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, kills):
     script = Path(small_run.__file__)
     environment = os.environ | {"PYTHONPATH": f"{Path(veneer.__file__).parents[1]}:{script.parent}"}
-    for output, count in (("undisturbed", 0), ("killed", kills)):
-        command = [sys.executable, "-W", "ignore", str(script), str(recipe), str(tmp_path / output), str(count), "1"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
-        assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout.split()[-1]) > 0
+    command = [sys.executable, "-W", "ignore", str(script), str(recipe), str(tmp_path), str(kills), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) == kills
     assert same(tmp_path / "undisturbed", tmp_path / "killed")
 
 
@@ -200,7 +214,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe, whole, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_digest", full)
-        with pytest.raises(RunError, match=r"Step 4 could not be saved .*No space left on device; checkpoint-2 is whole"):
+        with pytest.raises(
+            RunError, match=r"Step 4 could not be saved .*No space left on device; checkpoint-2 is whole"
+        ):
             go(recipe, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"checkpoint-2"}
     assert same(whole, go(recipe, tmp_path / "out", resume=True))
@@ -235,14 +251,22 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_advice(recipe, tmp_pa
         return real(self, model, inputs, *args, **kwargs) * (math.nan if self.state.global_step == 2 else 1)
 
     monkeypatch.setattr(run.RecipeTrainer, "compute_loss", loss)
-    said = r"became nan at step 3 in a batch of training rows \d+, \d+, \d+, \d+; set training.learning_rate lower \(it is 0.01\)"
+    said = (
+        r"nan at step 3 in a batch of training rows \d+, \d+, \d+, \d+; set training.learning_rate lower \(it is 0.01\)"
+    )
     with pytest.raises(Diverged, match=said):
         go(recipe, tmp_path / "out")
 
 
-def test_a_loss_that_explodes_stops(recipe, tmp_path):
-    with pytest.raises(Diverged, match=r"became .* at step \d+.*; set training.learning_rate lower"):
-        go(recipe, tmp_path / "out", "training.learning_rate=1e6", "training.max_grad_norm=1e6", "training.steps=40")
+def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
+    real = run.RecipeTrainer.compute_loss
+
+    def loss(self, model, inputs, *args, **kwargs):
+        return real(self, model, inputs, *args, **kwargs) * (30 if self.state.global_step == 3 else 1)
+
+    monkeypatch.setattr(run.RecipeTrainer, "compute_loss", loss)
+    with pytest.raises(Diverged, match=r"became \d+ at step 4, after [\d.]+; set training.learning_rate lower"):
+        go(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +343,7 @@ def test_every_option_is_shown_to_act():
 @pytest.mark.parametrize("option", WEIGHTS)
 def test_an_option_changes_the_weights(recipe, whole, tmp_path, option):
     value = WEIGHTS[option]
-    overrides = ["training.steps=null", "training.epochs=0.4"] if value is None else [f"{option}={value}"]
+    overrides = ["training.steps=null", "training.epochs=0.2"] if value is None else [f"{option}={value}"]
     assert not same(whole, go(recipe, tmp_path / "out", *overrides, "training.checkpoint_every=100"))
 
 

@@ -37,6 +37,12 @@ from veneer.delta import (
     Place,
     Weight,
 )
+from veneer.dequantizing import (
+    dequantize,
+)
+from veneer.drift import (
+    Drift,
+)
 from veneer.errors import (
     VeneerError,
 )
@@ -79,7 +85,13 @@ from veneer.methods import (
 )
 from veneer.quantizing import (
     NF4,
+    load_quantized,
     quantize,
+    save_quantized,
+)
+from veneer.repairing import (
+    Repair,
+    quantize_around,
 )
 from veneer.routing import (
     activate,
@@ -105,6 +117,7 @@ __all__ = [
     "Computed",
     "Delta",
     "DoRA",
+    "Drift",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -125,6 +138,7 @@ __all__ = [
     "Place",
     "PrefixTuning",
     "PromptTuning",
+    "Repair",
     "SHiRA",
     "TrainableTokens",
     "VeRA",
@@ -137,12 +151,16 @@ __all__ = [
     "check",
     "combine",
     "count_parameters",
+    "dequantize",
     "detach",
     "fuse",
     "load",
+    "load_quantized",
     "merge",
     "quantize",
+    "quantize_around",
     "save",
+    "save_quantized",
     "start_prefix",
     "to_lora",
     "train",

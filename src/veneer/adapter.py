@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer import checkpoints, places, site
+from veneer import checkpoints, formats, places, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -186,9 +186,12 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
             raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
     if not state.adapters:
+        for _, module in site.base_modules(model):
+            if (form := formats.of(module)) is not None:
+                form.prepare(module)
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
-        checkpoints.adapters_only(model)
+        checkpoints.begin(model)
     vars(model)[STATE] = state
     adapter = Adapter(name, model, claims, also_train)
     for one in claims:
@@ -218,7 +221,7 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     adapter.attached = False
     if not state.adapters:
         del vars(model)[STATE]
-        checkpoints.whole(model)
+        checkpoints.end(model)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(key, parameter.requires_grad))
     torch.compiler.reset()

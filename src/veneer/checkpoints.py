@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from veneer import site
 from veneer.seams import transformers
 
-_RENAMING = "_weight_conversions"
+_KEYS, _RENAMING = "_keys_to_ignore_on_save", "_weight_conversions"
 
 
 class Frozen(Set[str]):
@@ -32,9 +32,12 @@ class Frozen(Set[str]):
         self.before: set[str] = set(model._keys_to_ignore_on_save or ())
         self.renaming = {_RENAMING: vars(model)[_RENAMING]} if _RENAMING in vars(model) else {}
         self.quantized = bool(vars(model).get("is_quantized")) and model.hf_quantizer.is_trainable
+        self.merged = False
 
     def __iter__(self) -> Iterator[str]:
         yield from self.before
+        if self.merged:
+            return
         changing = {name for name, one in self.model.named_parameters(remove_duplicate=False) if one.requires_grad}
         within = tuple(
             f"{path}."
@@ -50,20 +53,29 @@ class Frozen(Set[str]):
         return sum(1 for _ in self)
 
 
-def adapters_only(model: nn.Module) -> None:
+def begin(model: nn.Module) -> None:
     """From now on checkpoints of the model hold its adapters, and a Trainer takes it although its base is quantized."""
-    if transformers.is_pretrained(model) and not isinstance(vars(model).get("_keys_to_ignore_on_save"), Frozen):
+    if transformers.is_pretrained(model):
         frozen = Frozen(model)
-        vars(model).update({"_keys_to_ignore_on_save": frozen, _RENAMING: []})
+        vars(model).update({_KEYS: frozen, _RENAMING: []})
         if frozen.quantized:
             vars(model)["is_quantized"] = False
 
 
-def whole(model: nn.Module) -> None:
-    """The reverse of `adapters_only`, for a model without adapters or with some that its weights were changed by."""
-    frozen = vars(model).get("_keys_to_ignore_on_save")
+def merged(model: nn.Module, now: bool) -> None:
+    """Say whether an adapter is folded into the weights, which belong into a checkpoint for that long."""
+    frozen = vars(model).get(_KEYS)
     if isinstance(frozen, Frozen):
-        del vars(model)[_RENAMING]
-        vars(model).update({"_keys_to_ignore_on_save": frozen.before, **frozen.renaming})
+        frozen.merged = now
+        vars(model).pop(_RENAMING, None)
+        vars(model).update(frozen.renaming if now else {_RENAMING: []})
+
+
+def end(model: nn.Module) -> None:
+    """The reverse of `begin`."""
+    frozen = vars(model).get(_KEYS)
+    if isinstance(frozen, Frozen):
+        merged(model, True)
+        vars(model)[_KEYS] = frozen.before
         if frozen.quantized:
             vars(model)["is_quantized"] = True

@@ -146,7 +146,7 @@ class Place:
 
     def read(self) -> Tensor:
         """The weight as a dense tensor in its logical shape; only the rows of `spans`."""
-        dense = self.format.read(self.owner, self.parameter)
+        dense = self.format.now(self.owner).read(self.owner, self.parameter)
         if self.spans is None:
             return dense
         return dense.index_select(self.format.rows, row_index(self.spans, dense.device))
@@ -163,10 +163,11 @@ class Place:
 
     def write(self, weight: Tensor) -> None:
         """Store `weight` (logical shape, this place's rows) in the base, rounded once to the stored dtype."""
+        form = self.format.now(self.owner)
         if self.spans is not None:
-            dense = self.format.read(self.owner, self.parameter).to(weight.dtype)
-            weight = dense.index_copy(self.format.rows, row_index(self.spans, dense.device), weight)
-        self.format.write(self.owner, self.parameter, weight)
+            dense = form.read(self.owner, self.parameter).to(weight.dtype)
+            weight = dense.index_copy(form.rows, row_index(self.spans, dense.device), weight)
+        form.write(self.owner, self.parameter, weight)
 
 
 class Product:
@@ -176,7 +177,8 @@ class Product:
         self.place = place
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.place.format.multiply(self.place.owner, self.place.parameter, x)
+        form = self.place.format.now(self.place.owner)
+        y = form.multiply(self.place.owner, self.place.parameter, x)
         return y if self.place.spans is None else y.index_select(-1, row_index(self.place.spans, y.device))
 
     def bias(self) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from veneer.counting import count_parameters
 from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
+from veneer.originals import Original
 from veneer.site import Routes
 
 STATE = "_veneer"
@@ -46,7 +47,7 @@ class Adapter:
         self.claims = tuple(claims)
         self.shared = list({id(s): s for claim in claims if (s := claim.place.shared) is not None}.values())
         self.also_train = tuple(also_train)
-        self.originals: list[tuple[nn.Module, str, Tensor]] = []
+        self.originals: list[Original] = []
         self.attached = True
 
     def __repr__(self) -> str:

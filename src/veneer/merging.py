@@ -2,33 +2,64 @@
 
 Subtracting a merged change does not give the old weight back: in bfloat16 more than half of the entries come out
 different. So `merge` keeps what it replaces, and `unmerge` puts it back.
+
+A quantized weight becomes dense: an adapter is trained beside the numbers that the bits stand for, dequantize(W4), and
+rounding the sum to so few bits again would lose most of a small change.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from veneer import checkpoints
+from veneer import checkpoints, drift, site
 from veneer.adapter import take_off
 from veneer.changes import depth, outwards
-from veneer.delta import Delta, Weight, compute_dtype, row_index
+from veneer.delta import Delta, Place, Weight, compute_dtype, row_index
+from veneer.drift import Drift
 from veneer.errors import AdapterError, NotMergeable, listed
 from veneer.handle import Adapter, handle, in_order, state_of
+from veneer.originals import Storage, Values
+from veneer.routing import use
 
 
-def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) -> None:
+def merge(
+    model: nn.Module,
+    adapter: Adapter | str,
+    *,
+    permanent: bool = False,
+    requantize: bool = False,
+    check: Mapping[str, Any] | None = None,
+) -> Drift | None:
     """Fold an adapter into the base's weights, computed in float32 or wider and rounded once to the stored dtype.
 
     The stored weights are kept (a copy of each changed one), so that `unmerge` and `detach` restore them bit for bit.
     With `permanent=True` nothing is kept and the adapter is taken off: a plain model with the adapter's behaviour.
 
+    A quantized linear that the adapter changes becomes a plain one: the numbers that its bits stand for plus the
+    change, in the dtype of the model's other weights. With `requantize=True` it is then quantized again, as it was,
+    which loses part of the change. With a batch to `check`, what merging costs is measured on it and returned.
+
     Raises NotMergeable, before the model is touched, where a method has no weight form, a weight is shared with another
     module (a tied embedding and head), or its storage cannot take the change.
     """
     adapter = handle(model, adapter)
+    routes = state_of(model).routes
+    if check is None:
+        _merge(model, adapter, permanent, requantize)
+        return None
+    acting = in_order(state_of(model), [*routes.active, adapter.name])
+    with use(model, *acting):
+        before = drift.logits(model, check)
+    _merge(model, adapter, permanent, requantize)
+    with use(model, *(name for name in acting if not permanent or name != adapter.name)):
+        return drift.between(before, drift.logits(model, check))
+
+
+def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool) -> None:
     state = state_of(model)
     if adapter.name in state.routes.merged:
         raise AdapterError(f"Adapter '{adapter.name}' is merged already. Call veneer.unmerge first.")
@@ -41,14 +72,16 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
     _refuse_replaced(model, adapter)
     _refuse_measured(model, adapter)
     _refuse_between(model, adapter)
-    _fold(adapter)
+    if requantize and not any(place.format.now(place.owner).quantized for place in _owners(adapter)):
+        raise AdapterError(f"Nothing that adapter '{adapter.name}' changes is quantized. Leave requantize out.")
+    _fold(adapter, activations_dtype(model), requantize)
     if permanent:
         adapter.originals.clear()
         take_off(model, adapter)
         return
     routes = state.routes
     routes.merged.append(adapter.name)
-    checkpoints.whole(model)
+    checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
         routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
@@ -56,8 +89,10 @@ def merge(model: nn.Module, adapter: Adapter | str, *, permanent: bool = False) 
 
 
 @torch.no_grad()
-def _fold(adapter: Adapter) -> None:
+def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
     kept: set[tuple[int, str]] = set()
+    unpacked: set[int] = set()
+    again: list[Callable[[], None]] = []
 
     def keep(owner: nn.Module, name: str) -> bool:
         """Keep a parameter before it is first changed; whether it was not yet."""
@@ -65,10 +100,19 @@ def _fold(adapter: Adapter) -> None:
         if key in kept:
             return False
         kept.add(key)
-        adapter.originals.append((owner, name, cast(nn.Parameter, owner._parameters[name]).detach().clone()))
+        if name != "weight" or id(owner) not in unpacked:
+            adapter.originals.append(Values(owner, name))
         return True
 
     try:
+        for place in _owners(adapter):
+            if place.format.now(place.owner).quantized:
+                adapter.originals.append(Storage(place.owner))
+                try:
+                    again.append(place.format.unpack(place.owner, dtype))
+                except NotMergeable as error:
+                    raise NotMergeable(f"{place.path}: {error}") from None
+                unpacked.add(id(place.owner))
         for one in outwards(adapter.claims):
             place = one.place
             if not keep(place.owner, place.parameter) and one.delta.measures:
@@ -87,16 +131,29 @@ def _fold(adapter: Adapter) -> None:
                 bias = cast(nn.Parameter, place.owner._parameters[name])
                 rows = row_index(place.spans or ((0, len(bias)),), bias.device)
                 bias[rows] = one.delta.merge_bias(bias[rows].to(compute_dtype(bias.dtype))).to(bias.dtype)
+        if requantize:
+            for quantize in again:
+                quantize()
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
 
 
-@torch.no_grad()
+def _owners(adapter: Adapter) -> list[Place]:
+    """One place of each weight that the adapter changes."""
+    return list({one.place.key: one.place for one in adapter.claims}.values())
+
+
 def _restore(adapter: Adapter) -> None:
-    for owner, name, stored in reversed(adapter.originals):
-        cast(nn.Parameter, owner._parameters[name]).data.copy_(stored)
+    for original in reversed(adapter.originals):
+        original.restore()
     adapter.originals.clear()
+
+
+def activations_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the base's first weight that is stored as a number, which is that of what flows through it."""
+    parameters = (p for _, module in site.base_modules(model) for p in module.parameters(recurse=False))
+    return next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
@@ -178,8 +235,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
-    if not merged:
-        checkpoints.adapters_only(model)
+    checkpoints.merged(model, bool(merged))
     torch.compiler.reset()
 
 

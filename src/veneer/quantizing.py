@@ -1,19 +1,23 @@
-"""quantize: the linears of a model in four bits, for training adapters on it in a quarter of the memory."""
+"""A base in four bits, for training adapters on it in a quarter of the memory: in place, while loading, and on disk."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from veneer import places
-from veneer.errors import PlaceError
+from veneer.delta import Place
+from veneer.errors import AdapterError, FileError, PlaceError
 from veneer.formats import dense
 from veneer.formats.nf4 import NF4Linear
 from veneer.handle import adapters
+from veneer.seams import transformers
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -40,7 +44,8 @@ class NF4:
 def quantize(model: nn.Module, method: NF4, where: str = "linear", *, skip: Sequence[str] = ()) -> nn.Module:
     """Store the linears that `where` names in four bits, in place, one after the other; returns the model.
 
-    `where` is read as by `attach`; its default leaves out the head, embeddings and norms, which stay in their dtype.
+    `where` is read as by `attach`; its default leaves out the head, embeddings and norms, which stay in their dtype. So
+    does what the model itself keeps in float32, such as the last projections of T5's MLPs.
     `skip` names modules (globs or `re:` regexes) to leave out, such as a router. Adapters come afterwards.
 
     Raises PlaceError where an adapter is attached already or a weight is not finite, NoSuchPlace for a `where` or
@@ -48,18 +53,98 @@ def quantize(model: nn.Module, method: NF4, where: str = "linear", *, skip: Sequ
     """
     if adapters(model):
         raise PlaceError("The model carries adapters, which were built for its dense weights. Quantize, then attach.")
-    found = [place for place in places.find(model, where, "weight") if type(place.format) is dense.Linear]
-    left_out = {place.path for text in skip for place in places.find(model, text, "weight")}
-    chosen = [place for place in found if place.path not in left_out and not place.functional]
-    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for place in chosen:
+    found = chosen(model, where, skip)
+    for place in found:
         if not place.weight.is_meta and not torch.isfinite(place.weight).all():
             raise PlaceError(f"{place.path} has weights that are not finite, which no level can stand for. Mend them.")
-        if holders[id(place.weight)] > 1:
-            raise PlaceError(f"{place.path} shares its weight with another module. Name it in skip=['{place.path}'].")
-    for place in chosen:
+    for place in found:
         parent, _, name = place.owner_path.rpartition(".")
         assert isinstance(place.owner, nn.Linear)
         quantized = NF4Linear(place.owner, method.block_size, method.double_quant)
         model.get_submodule(parent)._modules[name] = quantized
+    transformers.note_quantized(model)
     return model
+
+
+def load_quantized(
+    source: str | Path,
+    method: NF4 | None = None,
+    where: str | None = None,
+    *,
+    skip: Sequence[str] = (),
+    model_class: Any = None,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+) -> nn.Module:
+    """Load a transformers model and store the linears that `where` names in four bits, each as it is read.
+
+    The dense model is never in memory: the peak is that of the 4-bit model and its largest tensor. `source` is a folder
+    or a Hub id (with `revision`) of safetensors. `method` is NF4() by default, and `where` and `skip` are as in
+    `quantize`. What is in NF4 already, by `save_quantized` or by transformers with bitsandbytes, opens with the bytes
+    that it has; then `method`, `where` and `skip` are not to be given.
+
+    `model_class` is any class of transformers, by default the one that the config names. `dtype` is that of all that
+    stays dense, by default the one the config names. `device` is a device or any `device_map` of transformers.
+
+    Raises FileError or CorruptFile for what cannot be read, PlaceError for weights that are not finite, NoSuchPlace and
+    UnreadableModel as `attach` does; a model whose roles cannot be read takes a glob for `where`.
+    """
+    from veneer.seams import loading
+
+    config = loading.config_of(str(source), revision)
+    model_class = model_class or loading.class_of(config)
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype or "auto", "device_map": device}
+    stored = loading.quantization(config)
+    if stored is None:
+        method = method or NF4()
+        found = chosen(loading.without_weights(config, model_class), where or "linear", skip)
+        paths = [place.owner_path for place in found]
+        return loading.load(str(source), config, model_class, paths, vars(method), **options)
+    kind = stored.get("bnb_4bit_quant_type") if stored.get("load_in_4bit") else stored.get("quant_method")
+    if kind != "nf4":
+        raise FileError(f"{source} is quantized already ({kind}), not in NF4. Load it with transformers, then attach.")
+    if method is not None or where is not None or skip:
+        raise FileError(f"{source} is in NF4 already. Leave method, where and skip out, or load the dense model.")
+    return loading.load(str(source), config, model_class, None, {}, **options)
+
+
+def save_quantized(model: nn.Module, folder: str | Path) -> Path:
+    """Write a model with NF4 linears into a new folder, and return the folder.
+
+    It is transformers' own, with the keys and the `quantization_config` of bitsandbytes: `load_quantized` opens it, and
+    so does `from_pretrained` where bitsandbytes is installed. The folder appears when all of it is written.
+
+    Raises PlaceError where nothing is in NF4, FileError where the folder exists or the model is not of transformers,
+    AdapterError where adapters are attached.
+    """
+    from veneer.seams import loading
+
+    if not transformers.is_pretrained(model):
+        raise FileError(
+            f"{type(model).__name__} is no transformers model. Save its state_dict, which has all there is."
+        )
+    if not any(isinstance(module, NF4Linear) for module in model.modules()):
+        raise PlaceError(f"{type(model).__name__} has nothing in NF4. Call veneer.quantize first, or save_pretrained.")
+    if adapters(model):
+        raise AdapterError("The model carries adapters. Save each with veneer.save, detach it, then save the base.")
+    loading.save(model, Path(folder))
+    return Path(folder)
+
+
+def chosen(model: nn.Module, where: str, skip: Sequence[str]) -> list[Place]:
+    """The dense linears that `where` names and `skip` does not; PlaceError where there is none, or one is shared."""
+    found = [place for place in places.find(model, where, "weight") if type(place.format) is dense.Linear]
+    left_out = {place.path for text in skip for place in places.find(model, text, "weight")}
+    fixed = transformers.kept_in_float32(model)
+    kept = [p for p in found if not (p.path in left_out or p.functional or fixed(p.owner_path))]
+    if not kept:
+        raise PlaceError(
+            f"where='{where}' names no dense linear of {type(model).__name__} to quantize. Its weights may be stored "
+            "as another kind of module, or be among those that it keeps in float32."
+        )
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for place in kept:
+        if holders[id(place.weight)] > 1:
+            raise PlaceError(f"{place.path} shares its weight with another module. Name it in skip=['{place.path}'].")
+    return kept

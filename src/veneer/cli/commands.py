@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import veneer
-from veneer.errors import FileError
+from veneer.errors import AdapterError, FileError
 
 app = typer.Typer(
     help="Parameter-efficient fine-tuning of transformer models.",
@@ -109,20 +110,62 @@ def merge(
     model: Annotated[str, typer.Argument(help="The base: a folder, or a Hub id.")],
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder of Veneer or PEFT, or a Hub id.")],
     output: Annotated[Path, typer.Argument(help="Where the merged model goes; must not exist yet.")],
+    nf4: Annotated[
+        bool, typer.Option("--nf4", help="The adapter was trained on this base in NF4: merge with those weights.")
+    ] = False,
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Store a base that bitsandbytes quantized in few bits again.")
+    ] = False,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure what merging costs on the lines of this file.", show_default="built in")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Fold an adapter into a causal language model and save a plain transformers folder.
+    """Fold an adapter into a causal language model, measure what that costs, and save a plain transformers folder.
 
-    Example: veneer merge ~/.cache/veneer/smollm2-135m-instruct-0.1.2 runs/demo/adapter merged-model
+    A quantized base becomes a plain one with the numbers that its bits stand for, since the adapter was trained beside
+    those; --requantize rounds the sum to few bits again, at a loss that is printed.
+
+    Examples: veneer merge my-model runs/demo/adapter merged; veneer merge my-model qlora-adapter merged --nf4
     """
     from veneer.seams import transformers
 
     if output.exists():
         raise FileError(f"{output} exists already; name a new folder for the merged model.")
+    if nf4 and requantize:
+        raise AdapterError("--nf4 with --requantize would round twice. Leave one of them out.")
     base = transformers.language_model(model)
+    if nf4:
+        veneer.quantize(base, veneer.NF4())
     handle = veneer.load(base, adapter)
     places = len(handle.claims)
-    veneer.merge(base, handle, permanent=True)
+    batch = transformers.tokenized(model, _lines(text) if text else SENTENCES)
+    drift = veneer.merge(base, handle, permanent=True, requantize=requantize, check=batch)
+    if not requantize:
+        veneer.dequantize(base)
     transformers.save_language_model(base, model, output)
-    done = {"output": str(output), "merged_places": places, "parameters": veneer.count_parameters(base).total}
-    print(json_text.dumps(done) if json else f"Merged {places} places; the plain model is in {output}.")
+    done: dict[str, Any] = {"output": str(output), "merged_places": places}
+    done |= {"parameters": veneer.count_parameters(base).total, "drift": drift and asdict(drift)}
+    if json:
+        print(json_text.dumps(done))
+        return
+    print(f"Merged {places} places; the plain model is in {output}.")
+    print(f"Against the unmerged model: {drift}." if drift else f"{model} has no tokenizer to measure the cost with.")
+
+
+SENTENCES = [
+    "The ship left the harbour before dawn, and nobody on the quay knew where it was bound.",
+    "To make the dough, mix 500 g of flour with 300 ml of water, a little salt and the yeast, and leave it to rise.",
+    "def area(width, height):\n    return width * height",
+    "Question: which is larger, 17 times 3 or 50? Answer: 17 times 3 is 51, so it is larger.",
+]
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        found = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{file} cannot be read as text: {error}.") from None
+    if not found:
+        raise FileError(f"{file} has no line of text to measure on.")
+    return found

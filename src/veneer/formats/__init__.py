@@ -8,13 +8,15 @@ row in `_KNOWN`. Stacks of experts have a class in every model; they are known b
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.errors import NotMergeable
 from veneer.layers import LinearMap
 
 _KNOWN = {
@@ -40,6 +42,14 @@ class Format(ABC):
     """
 
     rows: ClassVar[int] = 0
+    quantized: ClassVar[bool] = False
+
+    def now(self, owner: nn.Module) -> Format:
+        """The format as which the weight is stored now: a quantized one is dense while something is merged into it."""
+        return self
+
+    def prepare(self, module: nn.Module) -> None:
+        """Make sure that gradients go through the module, adapted or not; PlaceError where it is too late for that."""
 
     def weights(self, module: nn.Module) -> Iterator[tuple[str, str]]:
         """(path of the owner below the module, parameter name) of each weight that a method can act on."""
@@ -85,6 +95,13 @@ class Format(ABC):
     @abstractmethod
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
         """Replace the stored values in place; NotMergeable where the storage cannot take them."""
+
+    def unpack(self, owner: nn.Module, dtype: torch.dtype) -> Callable[[], None]:
+        """Make a quantized module one that holds its weight dense; what is returned quantizes it again, as it was.
+
+        Raises NotMergeable where there is no reading the weight.
+        """
+        raise NotMergeable(f"a {type(owner).__name__} has nothing to unpack.")
 
 
 def of(module: nn.Module) -> Format | None:

@@ -1,51 +1,39 @@
-"""bitsandbytes' quantized linears: adapters train on them; writing a changed weight back would lose it to rounding."""
+"""bitsandbytes' quantized linears."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import layers
-from veneer.errors import NotMergeable
-from veneer.formats.dense import Linear
+from veneer.errors import PlaceError
+from veneer.formats.quantized import Quantized
 from veneer.ops import nf4
 
 
-class _Quantized(Linear):
-    """What both kinds share: the logical shape is the module's own, not that of the packed storage."""
-
-    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
-        assert isinstance(owner, nn.Linear)
-        return owner.out_features, owner.in_features
-
-    def functional(self, module: nn.Module) -> bool:
-        return False
-
-    def map(self, module: nn.Module) -> layers.LinearMap:
-        return layers.Matrix()
-
-    def count(self, owner: nn.Module, parameter: str) -> int:
-        if parameter != "weight":
-            return super().count(owner, parameter)
-        out, in_ = self.shape(owner, parameter)
-        return out * in_
-
-    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
-        raise NotMergeable(
-            f"a {type(owner).__name__} stores its weight quantized, and rounding it again would lose most of a small "
-            "change. Load the base in bfloat16 and merge there, or keep the adapter attached."
-        )
-
-
-class Linear4bit(_Quantized):
+class Linear4bit(Quantized):
     """NF4 and FP4 weights, two to a byte."""
 
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
+    def prepare(self, module: nn.Module) -> None:
+        """Switch off what bitsandbytes 0.50 does on some CPUs at the first forward in evaluation.
+
+        It packs the weight in another order, through which no gradient comes back, and rounds its statistics.
+        """
+        stored: Any = module
+        state = stored.weight.quant_state
+        if state is not None and vars(state).get("packing_format_for_cpu", False):
+            raise PlaceError(
+                "bitsandbytes has repacked this model for inference on a CPU, and no gradient goes through it any "
+                "more. Load the base again, and attach before the first forward."
+            )
+        stored.support_avx512bf16_for_cpu = False
+
+    def dequantize(self, owner: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        weight = owner._parameters[parameter]
+        weight = owner._parameters["weight"]
         dense: Tensor = dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
         return dense
 
@@ -56,16 +44,52 @@ class Linear4bit(_Quantized):
         product: Tensor = matmul_4bit(x, weight.t(), quant_state=weight.quant_state)  # keeps nothing dense
         return product
 
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        from bitsandbytes import nn as theirs
 
-class Linear8bitLt(_Quantized):
+        kinds: Any = theirs
+        stored: Any = owner
+        old, dtype, device = stored.weight, stored.compute_dtype, stored.weight.device
+        how = {name: vars(old)[name] for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+        repacks = stored.support_avx512bf16_for_cpu
+
+        def pack(plain: nn.Linear) -> nn.Module:
+            new = kinds.Linear4bit(
+                plain.in_features, plain.out_features, bias=False, compute_dtype=dtype, device="meta"
+            )
+            new.support_avx512bf16_for_cpu = repacks
+            new.weight = kinds.Params4bit(plain.weight.data, requires_grad=False, module=new, **how).to(device)
+            new.weight.module, new.bias = plain, plain.bias
+            return new  # type: ignore[no-any-return]
+
+        return pack
+
+
+class Linear8bitLt(Quantized):
     """LLM.int8() weights: one byte an element and a scale a row."""
 
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        weight: Any = owner._parameters[parameter]
+    def dequantize(self, owner: nn.Module) -> Tensor:
+        weight: Any = owner._parameters["weight"]
         state: Any = owner.state  # takes over the scales at the first forward
         scale: Tensor = state.SCB if weight.SCB is None else weight.SCB
         dense: Tensor = weight.data.float() * (scale.float() / 127).unsqueeze(1)
         return dense
+
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        from bitsandbytes import nn as theirs
+
+        kinds: Any = theirs
+        state: Any = owner.state
+        threshold, device = state.threshold, owner._parameters["weight"].device  # type: ignore[union-attr]
+
+        def pack(plain: nn.Linear) -> nn.Module:
+            size = plain.in_features, plain.out_features
+            new = kinds.Linear8bitLt(*size, bias=False, has_fp16_weights=False, threshold=threshold, device="meta")
+            new.weight = kinds.Int8Params(plain.weight.data, requires_grad=False, has_fp16_weights=False).to(device)
+            new.bias = plain.bias
+            return new  # type: ignore[no-any-return]
+
+        return pack
 
 
 def dequantize_nf4(packed: nf4.Packed, dtype: torch.dtype) -> Tensor:

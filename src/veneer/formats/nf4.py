@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer import layers
-from veneer.errors import CorruptFile, NotMergeable
+from veneer.errors import CorruptFile
 from veneer.formats import bitsandbytes
-from veneer.formats.dense import Linear
+from veneer.formats.quantized import Quantized
 from veneer.ops import nf4, nf4_kernels
 from veneer.ops.nf4 import Packed
 
 _STATE = "weight.quant_state.bitsandbytes__nf4"
+_STATISTICS = ("absmax", "outer", "offset")
+KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+"""What bitsandbytes calls the tensors of one NF4 weight in a checkpoint."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
@@ -28,14 +33,26 @@ class NF4Linear(nn.Linear):
     def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.block_size, self.stored = block_size, linear.weight.dtype
-        packed = nf4.quantize(linear.weight, block_size, double_quant)
-        self.weight = nn.Parameter(packed.data, requires_grad=False)
-        self.register_buffer("absmax", packed.absmax, persistent=False)
-        self.register_buffer("outer", packed.outer, persistent=False)
-        self.register_buffer("offset", packed.offset, persistent=False)
+        self.hold(nf4.quantize(linear.weight, block_size, double_quant), linear.weight.dtype)
         self.bias = linear.bias
         self.train(linear.training)
+
+    def hold(self, packed: Packed, stored: torch.dtype) -> None:
+        """Take a packed weight, made from one of dtype `stored`, in the place of the present one."""
+        self.block_size, self.double_quant, self.stored = packed.block_size, packed.outer is not None, stored
+        self.weight = nn.Parameter(packed.data, requires_grad=False)
+        for name in _STATISTICS:
+            self.register_buffer(name, vars(packed)[name], persistent=False)
+
+    def wait(self) -> None:
+        """Forget the magnitudes, so that the checkpoint keys of them are not asked for; `hold` brings others."""
+        for name in _STATISTICS:
+            self._buffers[name] = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are no magnitudes yet."""
+        return self._buffers["absmax"] is None
 
     @property
     def packed(self) -> Packed:
@@ -55,8 +72,20 @@ class NF4Linear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, block_size={self.block_size}, bits={self.packed.bits:.3f}"
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+        """Magnitudes move between devices and keep their dtype: a model cast to bfloat16 would round them for good."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            after = self._buffers[name]
+            if tensor is not None and after is not None and after.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(after.device)
+        return self
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.waits:
+            return
         packed = self.packed
         state: dict[str, Any] = {
             "quant_type": "nf4",
@@ -77,55 +106,72 @@ class NF4Linear(nn.Linear):
         if f"{prefix}weight" not in state_dict:  # a checkpoint of adapters alone; torch says what is missing
             super()._load_from_state_dict(state_dict, prefix, *args)
             return
-        mine = {key: state_dict.pop(f"{prefix}weight.{key}", None) for key in ("absmax", "nested_absmax")}
-        for key in ("weight.quant_map", "weight.nested_quant_map"):
-            state_dict.pop(f"{prefix}{key}", None)
-        packed_state = state_dict.pop(f"{prefix}{_STATE}", None)
-        if packed_state is None or mine["absmax"] is None:
-            raise CorruptFile(f"{prefix}weight has no NF4 statistics beside it. Load an NF4 checkpoint, or quantize.")
-        state = json.loads(bytes(packed_state.tolist()))
-        if state["dtype"] not in _DTYPES:
-            raise CorruptFile(f"{prefix}weight stands for a weight of {state['dtype']}, which NF4 is not made from.")
-        if state["quant_type"] != "nf4" or tuple(state["shape"]) != self.packed.shape:
-            raise CorruptFile(f"{prefix}weight is {state['quant_type']} of {state['shape']}, not this layer's NF4.")
-        self.block_size, self.stored = state["blocksize"], _DTYPES[state["dtype"]]
+        mine = {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}
+        for key in KEYS[1:]:
+            state_dict.pop(prefix + key, None)
+        packed, stored = unpack(mine, f"{prefix}weight")
+        if packed.shape != (self.out_features, self.in_features):
+            raise CorruptFile(f"{prefix}weight is {list(packed.shape)}, not {[self.out_features, self.in_features]}.")
         device = self.weight.device
-        self.absmax = mine["absmax"].to(device)
-        self.outer = None if mine["nested_absmax"] is None else mine["nested_absmax"].to(device)
-        self.offset = None if self.outer is None else torch.tensor(state["nested_offset"], device=device)
+        held: dict[str, Any] = {name: t if (t := vars(packed)[name]) is None else t.to(device) for name in _STATISTICS}
+        self.hold(replace(packed, data=self.weight.data, **held), stored)
+        state_dict[f"{prefix}weight"] = packed.data
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class NF4(Linear):
+def unpack(tensors: Mapping[str, Tensor], name: str) -> tuple[Packed, torch.dtype]:
+    """(a weight, the dtype it was made from) of a checkpoint's tensors by their `KEYS`; `name` is for the errors.
+
+    Raises CorruptFile where one is missing or does not fit the others, or where the numbers mean other levels.
+    """
+    missing = [key for key in ("weight", "weight.absmax", _STATE) if key not in tensors]
+    if missing:
+        lost = " and ".join(key.replace("weight", name, 1) for key in missing)
+        raise CorruptFile(f"{name} has no NF4 statistics beside it: {lost} is missing. Load an NF4 checkpoint.")
+    try:
+        state = json.loads(bytes(tensors[_STATE].tolist()))
+        kind, shape, block_size = state["quant_type"], tuple(state["shape"]), int(state["blocksize"])
+        nested, dtype = "nested_blocksize" in state, _DTYPES.get(state["dtype"])
+        offset = torch.tensor(float(state["nested_offset"])) if nested else None
+        outer_size = int(state["nested_blocksize"]) if nested else nf4.OUTER
+        count = math.prod(shape)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptFile(f"{name}.quant_state is not readable ({error}). Quantize the dense model again.") from None
+    if kind != "nf4" or outer_size != nf4.OUTER:
+        raise CorruptFile(f"{name} is {kind} in blocks of {outer_size} magnitudes, not NF4 in blocks of {nf4.OUTER}.")
+    if dtype is None:
+        raise CorruptFile(f"{name} stands for a weight of {state['dtype']}, which NF4 is not made from.")
+    data, absmax = tensors["weight"].contiguous().view(torch.uint8).reshape(-1, 1), tensors["weight.absmax"]
+    outer = tensors.get("weight.nested_absmax") if nested else None
+    blocks = -(-count // block_size)
+    sizes = {"weight": (data, -(-count // 2)), "weight.absmax": (absmax, blocks)}
+    if nested:
+        sizes["weight.nested_absmax"] = (outer if outer is not None else absmax[:0], -(-blocks // nf4.OUTER))
+    for key, (tensor, size) in sizes.items():
+        if tensor.numel() != size:
+            at = key.replace("weight", name, 1)
+            raise CorruptFile(f"{at} has {tensor.numel()} numbers, not the {size} that a weight of {list(shape)} has.")
+    levels = {"weight.quant_map": nf4.levels(), "weight.nested_quant_map": nf4.dynamic_levels()}
+    for key, expected in levels.items():
+        if key in tensors and not torch.equal(tensors[key].cpu().float(), expected):
+            raise CorruptFile(f"{key.replace('weight', name, 1)} has other levels than NF4. Quantize the model again.")
+    if not all(t.isfinite().all() for t in (absmax, outer, offset) if t is not None):
+        raise CorruptFile(f"{name} has magnitudes that are not finite. Quantize the dense model again.")
+    return Packed(data, absmax, shape, block_size, outer, None if offset is None else offset.to(data.device)), dtype
+
+
+class NF4(Quantized):
     """The format of `NF4Linear`."""
 
-    def shape(self, owner: nn.Module, parameter: str) -> tuple[int, ...]:
-        return _linear(owner).packed.shape if parameter == "weight" else super().shape(owner, parameter)
-
-    def functional(self, module: nn.Module) -> bool:
-        return False
-
-    def map(self, module: nn.Module) -> layers.LinearMap:
-        return layers.Matrix()
-
-    def count(self, owner: nn.Module, parameter: str) -> int:
-        return torch.Size(self.shape(owner, parameter)).numel()
-
-    def read(self, owner: nn.Module, parameter: str) -> Tensor:
-        if parameter != "weight":
-            return super().read(owner, parameter)
+    def dequantize(self, owner: nn.Module) -> Tensor:
         return _linear(owner).dense()
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
         return nf4_kernels.multiply(x, _linear(owner).packed)
 
-    def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:
-        if parameter != "weight":
-            return super().write(owner, parameter, weight)
-        raise NotMergeable(
-            "it stores its weight quantized in NF4, and rounding it again would lose most of a small change. "
-            "Merge into a dense copy of the base, or keep the adapter attached."
-        )
+    def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
+        how = _linear(owner).block_size, _linear(owner).packed.outer is not None
+        return lambda plain: NF4Linear(plain, *how)
 
 
 def _linear(owner: nn.Module) -> NF4Linear:

@@ -35,9 +35,9 @@ def levels(device: torch.device | str = "cpu") -> Tensor:
 @functools.cache
 def dynamic_levels(device: torch.device | str = "cpu") -> Tensor:
     """The 256 levels of the 8-bit dynamic type: seven signed decades, each of twice the steps below; one tensor."""
-    found = [torch.tensor([0.0, 1.0])]
+    found = [torch.tensor([0.0, 1.0], device="cpu")]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         middles = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
         found += [middles, -middles]
     return torch.cat(found).sort().values.to(device)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer import files, formats, site
 from veneer.errors import FileError
+from veneer.formats import dense
+from veneer.formats.nf4 import NF4Linear
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Callable[[], Any]], Any]
 
@@ -142,6 +145,41 @@ def keys_and_values(
     return found
 
 
+def kept_in_float32(model: Any) -> Callable[[str], bool]:
+    """Whether transformers keeps the module of a path in float32 whatever is asked for, and never quantizes it."""
+    patterns = list(model._keep_in_fp32_modules or ()) if is_pretrained(model) else []
+    if not patterns:
+        return lambda path: False
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return lambda path: not should_convert_module(path, patterns)
+
+
+def note_quantized(model: Any) -> None:
+    """Say in a transformers model's config which of its linears are in NF4, so that its folder loads as such.
+
+    The words are bitsandbytes', whose checkpoint keys `NF4Linear` has.
+    """
+    if not is_pretrained(model):
+        return
+    linears = {
+        path: module
+        for path, module in site.base_modules(model)
+        if isinstance(formats.of(module), (dense.Linear, dense.Conv1D))
+    }
+    packed = [module for module in linears.values() if isinstance(module, NF4Linear)]
+    model.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": any(module.double_quant for module in packed),
+        "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": [path for path, module in linears.items() if not isinstance(module, NF4Linear)],
+    }
+
+
 def without_weights(folder: Path) -> nn.Module:
     """The model a folder's config describes, on the meta device: shapes without numbers."""
     import transformers
@@ -152,6 +190,34 @@ def without_weights(folder: Path) -> nn.Module:
     with torch.device("meta"):
         built: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
     return built
+
+
+def forget_quantization(model: Any) -> None:
+    """Take off what is noted on a model that was loaded quantized, so that transformers takes it for a plain one."""
+    if not is_pretrained(model):
+        return
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        for module in model.modules():
+            if is_pretrained(module):
+                module.config._is_quantized = False
+
+
+def tokenized(name: str, texts: list[str]) -> dict[str, Tensor] | None:
+    """Texts as a batch for the model of this folder or Hub id; None where it has no tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    batch: dict[str, Tensor] = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=512)
+    return batch
 
 
 def language_model(name: str) -> nn.Module:
@@ -170,10 +236,9 @@ def save_language_model(model: Any, source: str, folder: Path) -> None:
     """Write a model, with the tokenizer of its source where it has one, into a folder that appears when it is whole."""
     from transformers import AutoTokenizer
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    model.save_pretrained(partial)
-    try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-    except (OSError, ValueError) as error:
-        print(f"veneer: {source} has no tokenizer to copy ({str(error).splitlines()[0]})", file=sys.stderr)
-    partial.rename(folder)
+    with files.appearing(folder) as partial:
+        model.save_pretrained(partial)
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        except (OSError, ValueError) as error:
+            print(f"veneer: {source} has no tokenizer to copy ({str(error).splitlines()[0]})", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""Does a 4-bit base learn as well, and what does merging into it cost? LoRA and QLoRA on SmolLM2 and the verses.
+
+    .venv/bin/python bench/qlora_verses.py [--steps 60] [--out results.json]
+
+The same LoRA is trained on the bfloat16 model and on the same model in NF4, on the same batches. Then the QLoRA adapter
+is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared with
+the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this checks
+that training works on NF4, not how good NF4 is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import veneer
+from veneer import drift
+from veneer.demo import METHOD, NEW_TOKENS, choose, example
+from veneer.samples import smollm2, verses
+from veneer.samples.smollm2 import Chat
+from veneer.train import Recipe, encode, fit
+from veneer.train.judge import Judge
+from veneer.train.machine import fitting_threads, versions
+
+HELD_OUT, BATCH, SEED, RATE = 100, 8, 0, 3e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--out", type=Path, help="write the results there as JSON")
+    options = parser.parse_args()
+    console = Console()
+    with fitting_threads(), tempfile.TemporaryDirectory() as scratch:
+        found = compare(options.steps, Path(scratch), console)
+    if options.out:
+        options.out.write_text(json.dumps(found | {"versions": versions()}, indent=2) + "\n")
+
+
+def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
+    training: dict[str, dict[str, float]] = {}
+    for name in ("LoRA, bfloat16", "QLoRA, NF4"):
+        chat = load(torch.bfloat16, nf4="NF4" in name)
+        judge = held_out(chat)
+        before = judge.loss(chat.model)
+        start = time.perf_counter()
+        adapter = train(chat, judge, steps, console)
+        seconds = time.perf_counter() - start
+        training[name] = {"before": before, "after": judge.loss(chat.model), "seconds a step": seconds / steps}
+        training[name]["base bytes"] = base_bytes(chat.model)
+        veneer.save(adapter, scratch / name)
+    table = Table("", "held-out loss before", "after", "seconds a step", "base MB", title=f"{steps} steps of {BATCH}")
+    for name, row in training.items():
+        size = f"{row['base bytes'] / 1e6:.1f}"
+        table.add_row(name, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['seconds a step']:.2f}", size)
+    console.print(table)
+    losses = [row["after"] for row in training.values()]
+    console.print(f"QLoRA's loss is {losses[1] / losses[0] - 1:+.2%} from LoRA's")
+    merging = {
+        title: merge(scratch / "QLoRA, NF4", dtype, requantize)
+        for title, dtype, requantize in (
+            ("bfloat16, kept dense", torch.bfloat16, False),
+            ("bfloat16, NF4 again", torch.bfloat16, True),
+            ("float32, kept dense", torch.float32, False),
+        )
+    }
+    table = Table("merged", "max |Δ logit|", "mean", "KL", "same token", f"same answers of {HELD_OUT}")
+    for title, row in merging.items():
+        figures = [f"{row[key]:.3g}" for key in ("largest", "mean", "divergence")]
+        table.add_row(title, *figures, f"{row['same_top']:.2%}", f"{row['same_answers']}")
+    console.print(table)
+    return {"steps": steps, "training": training, "merging": merging}
+
+
+def load(dtype: torch.dtype, nf4: bool) -> Chat:
+    chat = smollm2.load(smollm2.folder(), dtype=dtype)
+    if nf4:
+        veneer.quantize(chat.model, veneer.NF4())
+    return chat
+
+
+def held_out(chat: Chat) -> Judge:
+    split = verses.split(SEED)
+    return Judge(chat, [example(verse) for verse in choose(split.held_out, HELD_OUT, SEED)], NEW_TOKENS)
+
+
+def train(chat: Chat, judge: Judge, steps: int, console: Console) -> veneer.Adapter:
+    torch.manual_seed(SEED)
+    adapter = veneer.attach(chat.model, METHOD)
+    rows = [encode(chat.tokenizer, example(v)) for v in choose(verses.split(SEED).train, steps * BATCH, SEED)]
+    fit(chat.model, adapter, rows, judge.collator, Recipe(steps, BATCH, RATE, seed=SEED), console=console)
+    return adapter
+
+
+def merge(folder: Path, dtype: torch.dtype, requantize: bool) -> dict[str, Any]:
+    """What merging changes in the logits of all held-out answers, and in what is written greedily."""
+    chat = load(dtype, nf4=True)
+    judge = held_out(chat)
+    adapter = veneer.load(chat.model, folder)
+    logits, answers = judge.logits(chat.model, HELD_OUT), judge.answers(chat.model, HELD_OUT)
+    veneer.merge(chat.model, adapter, requantize=requantize)
+    moved = drift.between(logits, judge.logits(chat.model, HELD_OUT))
+    same = sum(a == b for a, b in zip(answers, judge.answers(chat.model, HELD_OUT), strict=True))
+    return asdict(moved) | {"same_answers": same}
+
+
+def base_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all that is stored but the adapter."""
+    state = {key: tensor for key, tensor in model.state_dict(keep_vars=True).items() if ".adapters." not in key}
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in state.values()}.values())
+
+
+if __name__ == "__main__":
+    main()

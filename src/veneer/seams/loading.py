@@ -1,0 +1,294 @@
+"""transformers' own loader, which hands each weight over as it comes, to be packed in NF4 and let go of.
+
+`from_pretrained` renames and merges a checkpoint's tensors, ties, initialises and places them for every architecture;
+a quantizer registered with it sees each weight after that and before the next one is read. A checkpoint that is in NF4
+already is read the same way: its statistics are gathered by bitsandbytes' keys.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, modeling_utils
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, apply_converters
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from veneer import files
+from veneer.errors import CorruptFile, FileError, PlaceError, VeneerError, WrongModel, listed
+from veneer.formats import nf4
+from veneer.formats.nf4 import NF4Linear
+from veneer.ops import nf4 as ops
+from veneer.ops.nf4 import Packed
+from veneer.seams.transformers import head, note_quantized
+
+_NAME = "veneer_nf4"
+
+
+def config_of(source: str, revision: str | None) -> PreTrainedConfig:
+    """The config of a folder or Hub id; FileError where there is none."""
+    try:
+        found: PreTrainedConfig = AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise FileError(f"{source} holds no transformers model: {_first_line(error)}") from None
+    return found
+
+
+def quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """What a config says of how its checkpoint is quantized; None for a dense one."""
+    found: Any = vars(config).get("quantization_config")
+    return found if found is None or isinstance(found, dict) else dict(found.to_dict())
+
+
+def class_of(config: PreTrainedConfig) -> Any:
+    """The class that a config names, or the bare model."""
+    return getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
+
+
+def without_weights(config: PreTrainedConfig, model_class: Any) -> nn.Module:
+    """The model on the meta device."""
+    build = model_class.from_config if hasattr(model_class, "from_config") else model_class
+    with torch.device("meta"):
+        built: nn.Module = build(copy.deepcopy(config))
+    return built
+
+
+@register_quantization_config(_NAME)
+@dataclass
+class _Config(QuantizationConfigMixin):
+    """Which linears to pack while loading, and how; nothing where the checkpoint says so itself."""
+
+    quant_method: Any = _NAME
+    paths: Sequence[str] = ()
+    block_size: int = 64
+    double_quant: bool = True
+
+
+class _Stop(BaseException):
+    """Ends the loading at once; transformers gathers every Exception and goes on."""
+
+    def __init__(self, error: VeneerError) -> None:
+        self.error = error
+
+
+class _Pack(ConversionOps):
+    """A dense weight, as it is wanted in the model, into four bits."""
+
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+        return {name: self._packed(model, name, _only(tensor)) for name, tensor in input_dict.items()}
+
+    def _packed(self, model: nn.Module, name: str, weight: Tensor) -> Tensor:
+        path = name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        if not isinstance(layer, NF4Linear) or name == path:
+            return weight
+        shape = (layer.out_features, layer.in_features)
+        if tuple(weight.shape) != shape:
+            raise _Stop(WrongModel(f"{name} is {list(weight.shape)} in the checkpoint, not {list(shape)}."))
+        if not weight.isfinite().all():
+            raise _Stop(
+                PlaceError(
+                    f"{path} has weights that are not finite, which no level can stand for. Mend the checkpoint."
+                )
+            )
+        packed = ops.quantize(weight, layer.block_size, layer.double_quant)
+        return self.hf_quantizer.keep(path, packed, weight.dtype)
+
+
+class _Read(ConversionOps):
+    """A weight that the checkpoint has in NF4, whose layer becomes an NF4Linear; others pass as they are."""
+
+    def __init__(self, quantizer: _Quantizer) -> None:
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+    ) -> dict[str, Any]:
+        tensors = {key: _only(tensor) for key, tensor in input_dict.items()}
+        if len(tensors) == 1 and all(tensor.is_floating_point() for tensor in tensors.values()):
+            return input_dict
+        path = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(path)
+        try:
+            if not isinstance(layer, nn.Linear):
+                raise WrongModel(f"{path} is a {type(layer).__name__} in the model and NF4 in the checkpoint.")
+            packed, stored = nf4.unpack(tensors, full_layer_name)
+            if packed.shape != (layer.out_features, layer.in_features):
+                raise WrongModel(
+                    f"{full_layer_name} is {list(packed.shape)} in the checkpoint, "
+                    f"not {[layer.out_features, layer.in_features]}."
+                )
+        except VeneerError as error:
+            raise _Stop(error) from None
+        parent, _, name = path.rpartition(".")
+        waiting = NF4Linear(layer, packed.block_size, packed.outer is not None)
+        waiting.wait()
+        model.get_submodule(parent)._modules[name] = waiting
+        return {"weight": self.hf_quantizer.keep(path, packed, stored)}
+
+
+@register_quantizer(_NAME)
+class _Quantizer(HfQuantizer):
+    """The magnitudes wait here until all is loaded: transformers empties every buffer that is in no checkpoint."""
+
+    serialized_names = {"weight": [*nf4.KEYS, "weight.quant_state.bitsandbytes__fp4"]}  # noqa: RUF012 - as in the base
+    quantization_config: _Config
+    waiting: dict[str, tuple[Packed, torch.dtype]]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.waiting = {}
+        for path in self.quantization_config.paths:
+            linear: Any = model.get_submodule(path)
+            layer = NF4Linear(linear, self.quantization_config.block_size, self.quantization_config.double_quant)
+            layer.wait()
+            vars(layer)["_is_hf_initialized"] = True  # else a weight that the checkpoint lacks would be drawn at random
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = layer
+
+    def __deepcopy__(self, memo: Any) -> _Quantizer:
+        """A conversion is copied for each tensor, with its quantizer, which has to stay this one."""
+        return self
+
+    def keep(self, path: str, packed: Packed, stored: torch.dtype) -> Tensor:
+        """Remember a weight's magnitudes; returns its bytes, which transformers puts in their place."""
+        self.waiting[path] = (packed, stored)
+        return packed.data
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for path, (packed, stored) in self.waiting.items():
+            model.get_submodule(path).hold(packed, stored)
+        self.waiting = {}
+        lost = [f"{path}.weight" for path, one in model.named_modules() if isinstance(one, NF4Linear) and one.waits]
+        if lost:
+            raise CorruptFile(f"The checkpoint has no {listed(lost)}. Restore it from where it came from.")
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 4.127 / 8
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": _Read}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def load(
+    source: str,
+    config: PreTrainedConfig,
+    model_class: Any,
+    paths: Sequence[str] | None,
+    packing: Mapping[str, Any],
+    *,
+    revision: str | None,
+    dtype: torch.dtype | str,
+    device_map: Any,
+) -> nn.Module:
+    """A model whose linears at `paths` are packed as they are read; None: the checkpoint is in NF4 already.
+
+    `packing` has the `block_size` and `double_quant`.
+    """
+    config = copy.deepcopy(config)
+    stored = quantization(config) or {}
+    wanted: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision, "use_safetensors": True}
+    if paths is None:
+        config.quantization_config = {"quant_method": _NAME}
+    else:
+        wanted["quantization_config"] = _Config(paths=paths, **packing)
+    try:
+        with _pages_are_let_go():
+            model, report = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted)
+    except _Stop as stop:
+        raise type(stop.error)(f"{source}: {stop.error}") from None
+    except VeneerError as error:
+        raise type(error)(f"{source}: {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FileError(f"{source} cannot be loaded as {model_class.__name__}: {_first_line(error)}") from None
+    if paths is None:
+        _refuse_lost(source, model, report["missing_keys"], stored.get("llm_int8_skip_modules") or ())
+        if isinstance(dtype, torch.dtype):
+            model.to(dtype)
+    # Trainer refuses what calls itself quantized and is not PEFT's
+    del model.hf_quantizer, model.is_quantized, model.quantization_method
+    model._weight_conversions = [c for c in model._weight_conversions if not _reads(c)]
+    note_quantized(model)
+    return model  # type: ignore[no-any-return]
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a model with NF4 linears as transformers does, into a folder that appears when it is whole."""
+    note_quantized(model)
+    with files.appearing(folder) as partial:
+        model.save_pretrained(partial, save_original_format=not _fused_in_files(model))
+
+
+def _fused_in_files(model: Any) -> bool:
+    """Whether the model's usual files join or cut weights that are packed here, which packed bytes do not allow."""
+    conversions = vars(model).get("_weight_conversions")
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    converters: Any = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    packed = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, NF4Linear)]
+    return any(apply_converters(key, converters)[1] is not None for key in packed)
+
+
+def _refuse_lost(source: str, model: nn.Module, missing: Sequence[str], dense: Sequence[str]) -> None:
+    """Refuse a 4-bit checkpoint that lacks a weight which it does not call dense: transformers draws it at random."""
+    lost = []
+    for key in sorted(missing):
+        path, _, name = key.rpartition(".")
+        linear = name == "weight" and type(model.get_submodule(path)) is nn.Linear
+        if linear and model.get_submodule(path) is not head(model) and path not in dense:
+            lost.append(key)
+    if lost:
+        raise CorruptFile(f"{source} has no {listed(lost)}. Restore it from where it came from.")
+
+
+def _reads(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and any(type(op) is _Read for op in conversion.operations)
+
+
+@contextmanager
+def _pages_are_let_go() -> Iterator[None]:
+    """Within, checkpoints are read, not mapped: a mapped file's pages stay in the process until it is closed."""
+    names = vars(modeling_utils)
+    original = names["safe_open"]
+    names["safe_open"] = functools.partial(original, backend="pread")
+    try:
+        yield
+    finally:
+        names["safe_open"] = original
+
+
+def _only(tensor: Any) -> Tensor:
+    found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
