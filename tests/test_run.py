@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import veneer
-from veneer.errors import Diverged, RecipeError, RunError, Stopped
+from veneer.errors import Diverged, MissingSample, RecipeError, RunError, Stopped
 from veneer.train import checkpoint, run, using
 from veneer.train import recipe as recipes
 
@@ -276,7 +276,6 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["data.held_out=0", "evaluation={keep: best}"], "evaluation.keep needs held-out rows"),
         (["data.held_out=0", "evaluation={patience: 2}"], "evaluation.patience needs held-out rows"),
         (["data.packing=true", "evaluation.metrics=[chrf]"], "evaluation.metrics are of written answers"),
-        (["model=sample:smolm"], "no sample. Closest: sample:smollm2"),
         (["model=/no/where"], "cannot be loaded"),
         (["model.revision=main"], "model.revision is for Hub ids"),
     ],
@@ -284,6 +283,12 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
 def test_what_would_change_nothing_is_refused(recipe, tmp_path, overrides, message):
     with pytest.raises(RecipeError, match=message):
         go(recipe, tmp_path / "out", *overrides)
+
+
+@pytest.mark.parametrize("override", ["model=sample:smolm", "data.path=sample:smolm"])
+def test_an_unknown_sample_is_named_with_the_nearest(recipe, tmp_path, override):
+    with pytest.raises(MissingSample, match=r"sample:smolm is no sample of Veneer's. Closest: sample:smollm2"):
+        go(recipe, tmp_path / "out", override)
 
 
 # --- every option acts

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import veneer
-from veneer.errors import RecipeError, closest
-from veneer.samples import minilm, smollm2
+from veneer.errors import RecipeError
+from veneer.samples import named
 from veneer.samples.quiet import quiet
 from veneer.train.recipe import Model
 
-SAMPLES: dict[str, Callable[[], Path]] = {"sample:smollm2": smollm2.folder, "sample:minilm": minilm.folder}
-CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "seq2seq": "AutoModelForSeq2SeqLM",
+CLASSES: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "sequence_classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "seq2seq": AutoModelForSeq2SeqLM,
 }
 """The tasks that a recipe trains, and who loads their models."""
 
 
 def tokenizer(model: Model) -> Any:
     """The model's tokenizer."""
-    return _loaded(transformers.AutoTokenizer, model)
+    return _loaded(AutoTokenizer, model)
 
 
 def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[str]]:
@@ -38,7 +41,7 @@ def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[s
     elif labels is not None:
         options |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
         options["num_labels"] = len(labels)
-    found, report = _loaded(vars(transformers)[CLASSES[task]], model, output_loading_info=True, **options)
+    found, report = _loaded(CLASSES[task], model, output_loading_info=True, **options)
     fresh = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
     if model.quantization == "nf4":
         veneer.quantize(found, veneer.NF4())
@@ -48,15 +51,11 @@ def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[s
 
 def _loaded(kind: Any, model: Model, **options: Any) -> Any:
     name = model.name
-    if name.startswith("sample:") and name not in SAMPLES:
-        raise RecipeError(
-            f"model.name {name} is no sample.{closest(name, SAMPLES) or ' There are: ' + ', '.join(SAMPLES)}"
-        )
+    where = named.located(name)
     if model.revision is not None:
-        if name in SAMPLES or Path(name).is_dir():
+        if Path(where).is_dir():
             raise RecipeError(f"model.revision is for Hub ids, and {name} lies on this machine. Leave it out.")
         options["revision"] = model.revision
-    where = SAMPLES[name]() if name in SAMPLES else name
     try:
         with quiet():
             return kind.from_pretrained(where, **options)

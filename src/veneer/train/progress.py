@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from veneer.train.machine import device, peak_bytes
+
 LINES = 10
 """How many plain lines are written where there is no terminal to draw a bar on."""
 
@@ -59,13 +61,16 @@ class Watch(TrainerCallback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  time left"),
+            TextColumn(
+                "loss {task.fields[loss]:.3f}  {task.fields[memory]:.1f} GiB  "
+                "{task.fields[speed]:,.0f} tokens/s  time left"
+            ),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             auto_refresh=False,  # drawn at each step, which needs no thread of its own
         )
-        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0)
+        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0)
         self.started = 0.0
         self.paused = 0.0
 
@@ -98,11 +103,14 @@ class Watch(TrainerCallback):
             self.paused += time.perf_counter() - before
 
     def _show(self, step: int, steps: int, loss: float) -> None:
-        history = self.history
+        history, memory = self.history, peak_bytes(device()) / 2**30
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, loss=loss, speed=history.tokens_per_second, refresh=True)
+            self.bar.update(
+                self.task, completed=step, loss=loss, speed=history.tokens_per_second, memory=memory, refresh=True
+            )
         elif step % max(1, steps // LINES) == 0 or step == steps:
             left = history.seconds / step * (steps - step)
             self.console.print(
-                f"step {step}/{steps}  loss {loss:.3f}  {history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
+                f"step {step}/{steps}  loss {loss:.3f}  {memory:.1f} GiB  "
+                f"{history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
             )
