@@ -189,6 +189,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(recipe, whole, tm
     assert same(whole, resumed)
 
 
+def test_a_run_that_was_killed_while_it_saved_its_result_is_not_trained_on(recipe, whole, tmp_path):
+    shutil.copytree(whole.folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "adapter")
+    (tmp_path / "out" / "report.json").unlink()
+    resumed = go(recipe, tmp_path / "out", resume=True)
+    assert same(whole, resumed)
+    assert resumed.metrics == whole.metrics
+    assert resumed.report["log"] == [entry for entry in whole.report["log"] if "train_loss" not in entry]
+
+
 def test_two_runs_cannot_write_into_one_folder(recipe, tmp_path):
     with (
         checkpoint.locked(tmp_path / "out"),
@@ -304,6 +314,24 @@ def test_patience_ends_a_run_and_best_keeps_its_best(recipe, tmp_path):
     assert result.report["steps"] == best + 3 < 40
     assert result.report["stopped_early"]
     assert result.metrics["loss"] == pytest.approx(losses[best], rel=1e-5)
+
+
+def test_a_run_that_was_best_early_and_killed_while_it_saved_its_result_is_not_trained_on(
+    recipe, tmp_path, monkeypatch
+):
+    spoils = ["training.learning_rate=0.5", "training.steps=40", "evaluation={every: 1, patience: 3, keep: best}"]
+    spoils += ["training.checkpoint_every=1", "training.schedule=constant", "training.warmup=0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run._Run, "_save", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            go(recipe, tmp_path / "out", *spoils)
+    shutil.copytree(tmp_path / "out", tmp_path / "two")
+    result = go(recipe, tmp_path / "out", *spoils, resume=True)
+    assert result.report["stopped_early"]
+    assert result.report["steps"] == result.report["kept_step"] + 3
+    (tmp_path / "two" / "best.safetensors").unlink()
+    with pytest.raises(RunError, match=r"best.safetensors is gone"):
+        go(recipe, tmp_path / "two", *spoils, resume=True)
 
 
 WEIGHTS = {  # these end with other weights than the plain run

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 
 import veneer
 from veneer.errors import RecipeError, RunError, Stopped
@@ -37,7 +35,7 @@ from veneer.train.progress import History, Watch
 from veneer.train.recipe import Recipe, Record
 from veneer.train.scores import Written, score
 from veneer.train.trainer import Collate, Numbered, RecipeTrainer
-from veneer.train.watching import Best, Sanity, Signals
+from veneer.train.watching import Best, Sanity, Signals, tensorboard
 
 TENTH = 10
 """A run is measured and saved so often, where the recipe names no steps."""
@@ -235,7 +233,8 @@ class _Run:
         if start is not None:
             self.console.print(f"Going on from {start}.")
         with watch.bar, quiet():
-            trainer.train(resume_from_checkpoint=None if start is None else str(start))
+            if not (start is not None and self._is_done(start, trainer)):
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
         state = trainer.state
         if self.signals.caught is not None and state.global_step < self.steps:
             raise Stopped(
@@ -243,14 +242,23 @@ class _Run:
                 f"saved. Go on with: veneer train {self.folder / 'recipe.yaml'} --resume"
             )
         model.eval()
-        if best is not None and best.exists():
-            adapter.load_state_dict(safetensors.torch.load_file(best))
-            best.unlink()
+        trainer.best.take_back()
         written = score(model, self.tokenizer, self.prepared.held_out, recipe.evaluation, training.seed)
         metrics = (measured() if self.prepared.held_out is not None else {}) | written.metrics
         report = self._report(adapter, trainer, watch.history, before, metrics, written, micro)
         self._save(adapter, trainer, report)
+        if best is not None:
+            best.unlink()
         return Result(adapter, model, self.tokenizer, self.folder, recipe, metrics, before, report)
+
+    def _is_done(self, start: Path, trainer: RecipeTrainer) -> bool:
+        """Whether a checkpoint is the last of its run, whose state the trainer then takes over."""
+        state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        if state.global_step < self.steps and not trainer.best.lost(state):
+            return False
+        trainer.state = state
+        trainer.take_weights(start)
+        return True
 
     def _trainer(
         self, model: Any, adapter: veneer.Adapter, micro: int, measured: Any, watch: Watch, best: Path | None
@@ -260,7 +268,6 @@ class _Run:
         lengths = None
         if training.group_by_length is not False and not recipe.data.streaming:
             lengths = prepared.train["length"]
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(self.folder / "tensorboard")
         gpu = torch.accelerator.is_available()
         trainer = RecipeTrainer(
             measure=measured,
@@ -294,7 +301,7 @@ class _Run:
                 eval_steps=recipe.evaluation.every,
                 save_strategy="steps",
                 save_steps=training.checkpoint_every or self.steps,
-                report_to=list(training.trackers) or "none",
+                report_to="none",  # a tracker of its own would choose another folder
                 disable_tqdm=True,
             ),
             data_collator=Collate(prepared.collate),
@@ -303,10 +310,11 @@ class _Run:
             optimizers=(torch.optim.AdamW(groups, weight_decay=training.weight_decay), None),
             callbacks=[
                 AdapterCallback(adapter),
-                Best(adapter, best, recipe.evaluation.patience),
                 self.signals,
                 watch,
+                *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
             ],
+            best=Best(adapter, best, recipe.evaluation.patience),
         )
         trainer.add_callback(Sanity(trainer.advice))
         trainer.remove_callback(PrinterCallback)

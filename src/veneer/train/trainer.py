@@ -15,6 +15,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from veneer.errors import Diverged
 from veneer.train import checkpoint
+from veneer.train.watching import Best
 
 ROW = "row_numbers"
 WEIGHTS = "model.safetensors"  # the name under which a Trainer looks for what it goes on from
@@ -57,6 +58,7 @@ class RecipeTrainer(Trainer):
         folder: Path,
         keep: int,
         advice: Callable[[], str],
+        best: Best,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -66,6 +68,8 @@ class RecipeTrainer(Trainer):
         self.batch_size = batch_size
         self.keep = keep
         self.advice = advice
+        self.best = best
+        self.add_callback(best)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         if self.lengths is None:
@@ -88,6 +92,10 @@ class RecipeTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def take_weights(self, folder: Path) -> None:
+        """The adapter's weights of a checkpoint."""
+        self._load_from_checkpoint(str(folder))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         def fill(aside: Path) -> None:

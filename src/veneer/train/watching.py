@@ -13,9 +13,11 @@ from typing import Any
 
 import safetensors.torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from veneer import Adapter, files
-from veneer.errors import Diverged
+from veneer.errors import Diverged, RunError
+from veneer.train.data.extras import extra
 
 WINDOW, TIMES, BEYOND = 20, 10.0, 10.0
 """A loss explodes when it is TIMES the mean of the last WINDOW ones, and more than BEYOND above it."""
@@ -71,11 +73,23 @@ class Best(TrainerCallback):
             if self.file is not None:
                 tensors = {key: tensor.cpu().contiguous() for key, tensor in self.adapter.state_dict().items()}
                 files.write(self.file.parent, {self.file.name: safetensors.torch.save(tensors)})
-        elif self.patience is not None:
-            since = sum(
-                "eval_loss" in entry and entry["step"] > (state.best_global_step or 0) for entry in state.log_history
-            )
-            control.should_training_stop |= since >= self.patience
+        elif self.lost(state):
+            control.should_training_stop = True
+
+    def lost(self, state: TrainerState) -> bool:
+        """Whether a run has been patient for long enough."""
+        best = state.best_global_step
+        if self.patience is None or best is None:
+            return False
+        return sum("eval_loss" in entry and entry["step"] > best for entry in state.log_history) >= self.patience
+
+    def take_back(self) -> None:
+        """Give the adapter the weights it was best with."""
+        if self.file is None:
+            return
+        if not self.file.exists():
+            raise RunError(f"{self.file} is gone, which held the best adapter so far. Run the recipe anew.")
+        self.adapter.load_state_dict(safetensors.torch.load_file(self.file))
 
 
 class Signals(TrainerCallback):
@@ -106,3 +120,11 @@ class Signals(TrainerCallback):
         """Save and stop, if a signal came."""
         if self.caught is not None:
             control.should_save = control.should_training_stop = True
+
+
+def tensorboard(folder: Path) -> TensorBoardCallback:
+    """Writes losses and rates for TensorBoard into this folder."""
+    extra("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(folder)))
