@@ -55,7 +55,7 @@ MARKED_WITH_END = MARKED.replace("{% endgeneration %}", "<|im_end|>\n{% endgener
 )
 
 
-def byte_tokenizer(template=None, merges=(), end="<|im_end|>", **options):
+def byte_tokenizer(template=None, merges=(), end="<|im_end|>", special=SPECIAL, **options):
     """One token a byte, the merges, and the special tokens of all templates."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
@@ -65,7 +65,7 @@ def byte_tokenizer(template=None, merges=(), end="<|im_end|>", **options):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=inner,
         eos_token=end,
-        additional_special_tokens=SPECIAL,
+        additional_special_tokens=special,
         name_or_path="tiny",
         pad_token=end,
         **options,

@@ -364,9 +364,25 @@ def test_what_is_only_read_is_dim(path):
 
     [row] = prepared(path, held_out=0, shuffle=False, limit=1).train
     page = io.StringIO()
-    Console(file=page, force_terminal=True, color_system="standard").print(shown(row, byte_tokenizer(), None))
+    Console(file=page, force_terminal=True, color_system="standard").print(shown(row, "causal", byte_tokenizer(), None))
     number = learned(byte_tokenizer(), row)[0].removeprefix("answer ").removesuffix("<|im_end|>")
     assert f"\x1b[2mquestion {number} \x1b[0manswer {number}<|im_end|>" in page.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("row", "page"),
+    [
+        ({"source": "cat", "target": "rat"}, "cat\ntarget: rat<|im_end|>"),
+        ({"prompt": "Hi", "chosen": " a", "rejected": " b"}, "Hi\nchosen:  a<|im_end|>\nrejected:  b<|im_end|>"),
+        ({"text": "cold", "label": 0.5}, "cold\nlabel: 0.5"),
+        ({"text": "hello"}, "hello<|im_end|>"),
+    ],
+)
+def test_examples_of_other_tasks_are_shown(tmp_path, row, page):
+    from veneer.train.data.report import shown
+
+    made = prepared(write(tmp_path / "a.jsonl", [row]), held_out=0)
+    assert shown(made.train[0], made.task, byte_tokenizer(), made.labels).plain == page
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from templates import (
     learned,
     turns,
 )  # fmt: skip
+from tokenizers import AddedToken
 
 from veneer.errors import TemplateError
 from veneer.samples import smollm2
@@ -198,6 +199,13 @@ def test_an_answer_that_ends_where_the_next_turn_begins():
     tokenizer, template, [row] = encoded(glm, TWO)
     assert learned(tokenizer, row) == ["Hello[INST]", "See you<|im_end|>"]
     assert list(template.notes) == ["The template ends an answer with nothing; <|im_end|> was put behind the last one."]
+
+
+def test_an_end_of_turn_that_is_no_special_token():
+    tokenizer = byte_tokenizer(CHATML, end="</s>", special=["</s>"])
+    tokenizer.add_tokens([AddedToken(token, special=False) for token in ("<|im_start|>", "<|im_end|>")])
+    [(row, _)] = Template(tokenizer).encoded(TWO, None, all_tokens=False)
+    assert learned(tokenizer, row) == ["Hello<|im_end|>", "See you<|im_end|>"]
 
 
 def test_what_stands_only_behind_the_last_answer_is_not_learned():

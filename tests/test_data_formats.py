@@ -209,17 +209,17 @@ def test_all_lines_that_are_not_json_are_named(tmp_path):
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts of other kinds than text"),
         ({"conversations": [{"from": "me", "value": "a"}]}, "turn 1 of 'conversations' is from 'me'"),
         ({"chosen": "a", "rejected": "b"}, "no field 'prompt'"),
-        ({"image": "gone.png", "label": "a"}, r"names gone.png, which is no file below .*Closest: a.jsonl"),
+        ({"image": "gone.png", "label": "a"}, r"names gone.png, which is no file below .*Closest: gone.jpg"),
         ({"alpha": 1}, r"has the fields alpha, which show no format \(sharegpt: conversations; "),
     ],
 )
 def test_what_is_wrong_with_a_row_is_said(tmp_path, row, said):
+    from transformers import ViTImageProcessor
+
+    (tmp_path / "gone.jpg").touch()
     path = write(tmp_path / "a.jsonl", [row])
-    if "image" in row:
-        (tmp_path / "gone.jpg").touch()
-        said = said.replace("a.jsonl", "gone.jpg")
     with pytest.raises(DataError, match=said):
-        prepared(path)
+        prepare(Data(path=path, held_out=0), ViTImageProcessor() if "image" in row else byte_tokenizer(CHATML))
 
 
 def test_paths_that_are_none(tmp_path):
@@ -255,29 +255,19 @@ def test_a_class_a_folder(tmp_path):
     assert len({float(one.mean()) for one in batch["pixel_values"]}) == 3
 
 
-class Processor:
-    """A feature extractor and a tokenizer, as transformers' processors for speech have them."""
-
-    def __init__(self):
-        from transformers import WhisperFeatureExtractor
-
-        self.feature_extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-        self.tokenizer = byte_tokenizer()
-
-
 @pytest.mark.parametrize(("dtype", "rate"), [("int16", 16_000), ("float32", 8_000), ("uint8", 44_100)])
 def test_speech(tmp_path, dtype, rate):
     import numpy as np
     from scipy.io import wavfile
+    from transformers import WhisperFeatureExtractor, WhisperProcessor
 
     from veneer.train.data import media
 
+    processor = WhisperProcessor(WhisperFeatureExtractor(feature_size=8, chunk_length=1), byte_tokenizer())
     wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
     scaled = {"int16": wave * 2**15, "float32": wave, "uint8": wave * 127 + 128}[dtype]
     wavfile.write(tmp_path / "a.wav", rate, scaled.astype(dtype))
-    made = prepare(
-        Data(path=write(tmp_path / "a.jsonl", [{"audio": "a.wav", "text": "beep"}]), held_out=0), Processor()
-    )
+    made = prepare(Data(path=write(tmp_path / "a.jsonl", [{"audio": "a.wav", "text": "beep"}]), held_out=0), processor)
     batch = made.collate(list(made.train))
     assert tuple(batch["input_features"].shape) == (1, 8, 100)
     assert byte_tokenizer().decode(batch["labels"][0]) == "beep<|im_end|>"
@@ -291,3 +281,44 @@ def test_speech(tmp_path, dtype, rate):
 
 def test_labelled_rows_keep_their_pair():
     assert parse(Row("a", {"text": "a", "text_pair": "b", "label": True}, ""), "pairs", {}) == Labelled("a", "b", 1)
+
+
+def test_two_texts_with_bert(tmp_path):
+    from transformers import BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "it", "rains", "is", "dry"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=6)
+    rows = [
+        {"text": "it rains", "text_pair": "it is dry", "label": "no"},
+        {"text": "it", "text_pair": "is", "label": "yes"},
+    ]
+    made = prepare(Data(path=write(tmp_path / "a.jsonl", rows), held_out=0, shuffle=False), tokenizer)
+    batch = made.collate(list(made.train))
+    assert tokenizer.batch_decode(batch["input_ids"]) == [
+        "[CLS] it [SEP] it is [SEP]",
+        "[CLS] it [SEP] is [SEP] [PAD]",
+    ]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]
+    assert (batch["labels"].tolist(), made.report.truncated) == ([0, 1], 1)
+
+
+def test_texts_where_messages_are_wanted(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(DataError, match=r"data.system is for messages; the rows of .*line 1 are texts"):
+        prepared(path, system="Be kind.")
+    messages = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
+    mixed = [{"prompt": "a", "completion": "b"}, dict(zip(("prompt", "completion"), messages, strict=True))]
+    with pytest.raises(DataError, match=r"line 2: messages, where the first row has texts"):
+        prepared(write(tmp_path / "b.jsonl", mixed))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "a.jsonl", "label": "x"}, "Images need an image processor"),
+        ({"audio": "a.jsonl", "text": "x"}, "Speech needs a processor"),
+    ],
+)
+def test_what_reads_the_rows_has_to_fit(tmp_path, row, said):
+    with pytest.raises(DataError, match=said):
+        prepared(write(tmp_path / "a.jsonl", [row]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import FAMILIES, perturb
-from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, OPTConfig, OPTForCausalLM
 
 import veneer
 from veneer.errors import DataError
@@ -110,8 +110,18 @@ def test_a_prompt_in_front_is_refused():
         check_packing(model)
 
 
-def test_a_model_with_a_state_is_refused():
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+def opt():
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    return OPTForCausalLM(OPTConfig(vocab_size=64, num_attention_heads=4, **sizes))
+
+
+@pytest.mark.parametrize("build", [mamba, opt])
+def test_a_model_with_a_state_and_one_that_makes_no_borders_are_refused(build):
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
-    with pytest.raises(DataError, match=r"MambaForCausalLM .*data.packing: false"):
+    model = build()
+    with pytest.raises(DataError, match=rf"{type(model).__name__} .*data.packing: false"):
         check_packing(model)

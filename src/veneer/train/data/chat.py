@@ -40,6 +40,7 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 THINK = re.compile(r"</?think>")
 SPLITS = re.compile(r"split\(['\"]</think>|['\"]</think>['\"] in")
 """What templates have that find the reasoning inside an answer; others want it in a field of its own."""
+MARK_OF_A_TURN = re.compile(r"<\|.+\|>")
 PROBE = "veneer-probe"
 
 
@@ -64,7 +65,8 @@ class Template:
         self.name = self.tokenizer.name_or_path or type(self.tokenizer).__name__
         self.special = _special(self.tokenizer)
         self.marked = bool(MARKS.search(str(self.tokenizer.chat_template)))
-        asked, answer = {"role": "user", "content": PROBE}, {"role": "assistant", "content": "a"}
+        asked: Message = {"role": "user", "content": PROBE}
+        answer: Message = {"role": "assistant", "content": "a"}
         # templates of models that see want lists of parts
         self.parts = not self._writes([asked]) and self._writes([asked], parts=True)
         if not SPLITS.search(str(self.tokenizer.chat_template)):
@@ -209,7 +211,7 @@ class Template:
 
     def _reasoned(self, answer: Message, opening: str, text: str, end: str) -> str | None:
         """Where a template opens the reasoning for the model but leaves it out of answers: what the model writes."""
-        content = answer["content"].lstrip()
+        content = str(answer["content"]).lstrip()
         thought = THINK.split(content)[-2].strip() if "</think>" in content else ""
         shared = next((size for size in range(len(content), 0, -1) if opening.endswith(content[:size])), 0)
         if not thought or thought in text or not shared or answer.get("tool_calls"):
@@ -296,8 +298,9 @@ def _parting(one: str, two: str) -> int:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens, the longest first."""
-    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    """The special tokens, the longest first; also marks of turns that some models have as plain added tokens."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    added = [str(token.content) for token in tokens if token.special or MARK_OF_A_TURN.fullmatch(token.content)]
     return sorted({*added, *map(str, tokenizer.all_special_tokens)} - {""}, key=len, reverse=True)
 
 
@@ -318,21 +321,22 @@ def in_parts(tokenizer: PreTrainedTokenizerBase, parts: Sequence[str]) -> tuple[
     Where edges of parts are edges of tokens, the ids are those of the whole. Otherwise each part is tokenized alone,
     which is what generation does: a prompt is tokenized before there is an answer that could be joined to it.
     """
-    whole = plain_ids(tokenizer, "".join(parts))
-    apart = [plain_ids(tokenizer, part) for part in parts]
+    whole, *apart = plain_ids(tokenizer, ["".join(parts), *parts])
     if [token for part in apart for token in part] == whole:
         return apart, 0
-    ends, text, across = [0], "", 0
-    for part in parts[:-1]:
-        text += part
-        before = plain_ids(tokenizer, text)
-        across += whole[: len(before)] != before
-        ends.append(len(before))
+    before = plain_ids(tokenizer, ["".join(parts[:number]) for number in range(1, len(parts))])
+    across = sum(whole[: len(ids)] != ids for ids in before)
     if across:
         return apart, across
+    ends = [0, *map(len, before)]
     return [whole[a:b] for a, b in zip(ends, [*ends[1:], len(whole)], strict=True)], 0  # SentencePiece marks each start
 
 
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids without those that the tokenizer adds by itself: a template has written them already."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without those that the tokenizer adds by itself: a template has written them already."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return found

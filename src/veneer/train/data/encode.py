@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from veneer.errors import DataError, closest, listed
 from veneer.train.data.chat import Template, in_parts, plain_ids
@@ -93,7 +93,7 @@ class Encoder:
                 yield from self._speech(example)
 
     def _chat(self, example: Chat) -> Iterator[Columns]:
-        assert self.template is not None
+        template = self._conversations()
         messages = self._with_system(example.messages)
         answers = [message for message in messages if message["role"] == "assistant"]
         if not answers and not self.all_tokens:
@@ -101,11 +101,16 @@ class Encoder:
         elif any(not message["content"].strip() and not message.get("tool_calls") for message in answers):
             self.tally.dropped["with an empty answer"] += 1
         else:
-            made = self.template.encoded(messages, example.tools, self.all_tokens)
+            made = template.encoded(messages, example.tools, self.all_tokens)
             self.tally.split += len(made) > 1
             for encoded, joined in made:
                 self.tally.joined += joined
                 yield from self._fitted(encoded["input_ids"], encoded["labels"])
+
+    def _conversations(self) -> Template:
+        if self.template is None:
+            raise DataError("messages, where the first row has texts. Train on one kind at a time.")
+        return self.template
 
     def _with_system(self, messages: list[Message]) -> list[Message]:
         if self.data.system is None or messages[0]["role"] in ("system", "developer"):
@@ -127,7 +132,8 @@ class Encoder:
             self.tally.dropped["empty"] += 1
             return
         before, after = ends(self.tokenizer)
-        ids = before + plain_ids(self.tokenizer, example.text) + after
+        [own] = plain_ids(self.tokenizer, [example.text])
+        ids = before + own + after
         yield from self._fitted(ids, list(ids))
 
     def _fitted(self, ids: list[int], labels: list[int]) -> Iterator[Columns]:
@@ -242,13 +248,13 @@ class Encoder:
             self.tally.joined += joined
             before, after = ends(self.tokenizer)
             return before + first, second + after
-        assert self.template is not None
+        template = self._conversations()
         if len(answer) != 1:
             raise DataError(
                 f"an answer of {len(answer)} messages; 'chosen' and 'rejected' have one each, after the prompt."
             )
         messages = [*self._with_system([*prompt]), *answer]
-        *_, (encoded, joined) = self.template.encoded(messages, None, all_tokens=False)
+        *_, (encoded, joined) = template.encoded(messages, None, all_tokens=False)
         self.tally.joined += joined
         ids, labels = encoded["input_ids"], encoded["labels"]
         start = len(ids) - next((i for i, label in enumerate(reversed(labels)) if label == IGNORED), 0)
@@ -270,8 +276,9 @@ class Encoder:
 
 def tokenizer_of(processing: Any) -> PreTrainedTokenizerBase:
     """The tokenizer itself, or that of a processor for several kinds of input."""
-    found = processing if isinstance(processing, PreTrainedTokenizerBase) else processing.tokenizer
-    assert isinstance(found, PreTrainedTokenizerBase)
+    found = processing.tokenizer if isinstance(processing, ProcessorMixin) else processing
+    if not isinstance(found, PreTrainedTokenizerBase):
+        raise DataError(f"these rows need a tokenizer, not {type(processing).__name__}.")
     return found
 
 

@@ -39,7 +39,7 @@ def look(source: str, model: str, count: int) -> Seen:
     prepared = prepare(data, processing, seed)
     tokenizer = None if prepared.task == "image_classification" else tokenizer_of(processing)
     rows = itertools.islice(prepared.train, count)
-    return Seen(prepared, [report.shown(row, tokenizer, prepared.labels) for row in rows])
+    return Seen(prepared, [report.shown(row, prepared.task, tokenizer, prepared.labels) for row in rows])
 
 
 def read(source: str) -> tuple[Data, str, int]:

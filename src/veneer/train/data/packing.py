@@ -47,8 +47,8 @@ def pack(examples: Iterable[Columns], max_length: int) -> Iterator[Columns]:
 def check_packing(model: nn.Module) -> None:
     """DataError where a model, with what is attached to it, lets packed examples see each other.
 
-    Three short examples are put through it in one row and each alone; what that changes must be small beside what
-    comes of one row without any borders.
+    Three short examples are put through it in one row and each alone; what that changes in all but the first must be
+    small beside what comes of one row without any borders.
     """
     name, was_training = type(model).__name__, model.training
     device = next(model.parameters()).device
@@ -67,10 +67,13 @@ def check_packing(model: nn.Module) -> None:
         raise DataError(f"{name} cannot take packed examples: {wrong}. Set data.packing: false.") from wrong
     finally:
         model.train(was_training)
-    error, border = (float((found - apart).abs().max()) for found in (packed, mixed))
+    # the median token: in bfloat16, rounding alone can send a token elsewhere, as a new prefix on SmolLM2 does
+    error, border = (
+        float((found - apart)[0, alone[0].shape[1] :].abs().amax(dim=-1).median()) for found in (packed, mixed)
+    )
     if error > 0.2 * border + 1e-6 * float(apart.abs().max()):
         raise DataError(
-            f"{name} lets packed examples see each other: the largest logit is off by {error:.2g}, without borders by "
+            f"{name} lets packed examples see each other: logits are off by {error:.2g}, without borders by "
             f"{border:.2g}. Set data.packing: false, or load it with attn_implementation='sdpa'. A trained prompt in "
             "front of a row serves its first example only; prefixes are in front of each."
         )

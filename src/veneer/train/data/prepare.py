@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import BaseImageProcessor, ProcessorMixin
+
 from veneer.errors import DataError, TemplateError, listed
 from veneer.train.batch import padding_id
 from veneer.train.data import collate, formats, sources, split
@@ -104,6 +106,7 @@ def prepare(
     _check_options(data, name)
     seed = data.seed if data.seed is not None else seed
     task = formats.FORMATS[name].task
+    _check_processing(task, processing)
     template = _template(data, name, processing, first)
     max_length = _max_length(data, task, processing)
     cut = data.truncate or ("split" if name == "text" else "end")
@@ -171,11 +174,27 @@ def _check_options(data: Data, name: str) -> None:
         raise DataError("\n".join(wrong))
 
 
+def _check_processing(task: str, processing: Any) -> None:
+    """DataError for what cannot make a batch of these rows."""
+    if task == "image_classification":
+        if not isinstance(processing, BaseImageProcessor):
+            raise DataError(f"Images need an image processor, not {type(processing).__name__}.")
+    elif task == "speech" and not isinstance(processing, ProcessorMixin):
+        raise DataError(
+            f"Speech needs a processor with feature extractor and tokenizer, not {type(processing).__name__}."
+        )
+    else:
+        tokenizer_of(processing)
+
+
 def _template(data: Data, name: str, processing: Any, first: Row) -> Template | None:
     """The template of conversations, put onto the tokenizer where it has none or the recipe names one."""
     example = formats.parse(first, name, data.columns)
     chats = isinstance(example, Chat) or (isinstance(example, Preference) and not isinstance(example.chosen, str))
     if not chats:
+        idle = [option for option in ("system", "chat_template") if data.told(option)]
+        if idle and name in CHATS:
+            raise DataError(f"data.{' and data.'.join(idle)} is for messages; the rows of {first.where} are texts.")
         return None
     tokenizer = tokenizer_of(processing)
     if data.chat_template:

@@ -121,27 +121,25 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return [(edge, edge + step, count) for edge, count in zip(edges, counts, strict=True)]
 
 
-def shown(row: dict[str, Any], tokenizer: Any, names: Sequence[str] | None) -> Text:
-    """One example for people: what is only read is dim, what is learned is not."""
+def shown(row: dict[str, Any], task: str, tokenizer: Any, names: Sequence[str] | None) -> Text:
+    """One example for people: what is only read is dim, what is learned is not. Images need no tokenizer."""
     text = Text()
-    if tokenizer is None or not {"input_ids", "prompt_ids", "audio"} & set(row):
-        return text.append(str({key: value for key, value in row.items() if key != "bytes"}))
-    if "prompt_ids" in row:
+    if task == "preference":
         text.append(tokenizer.decode(row["prompt_ids"]), "dim")
         for name in ("chosen", "rejected"):
             text.append(f"\n{name}: ", "bold").append(tokenizer.decode(row[f"{name}_ids"]))
-        return text
-    labels = row["labels"]
-    if "audio" in row:
-        return text.append(f"{row['audio']['path'] or 'bytes'}\n", "dim").append(tokenizer.decode(labels))
-    ids = row["input_ids"]
-    if not isinstance(labels, list):
-        name = names[labels] if names else f"{labels:g}"
-        return text.append(tokenizer.decode(ids), "dim").append(f"\nlabel: {name}")
-    if len(labels) != len(ids) or ("position_ids" not in row and labels[0] != IGNORED and labels != ids):
-        return text.append(tokenizer.decode(ids), "dim").append("\ntarget: ", "bold").append(tokenizer.decode(labels))
-    for start, stop in runs(labels):
-        text.append(tokenizer.decode(ids[start:stop]), "dim" if labels[start] == IGNORED else "")
+    elif task == "causal":
+        ids, labels = row["input_ids"], row["labels"]
+        for start, stop in runs(labels):
+            text.append(tokenizer.decode(ids[start:stop]), "dim" if labels[start] == IGNORED else "")
+    else:
+        media = row.get("image") or row.get("audio")
+        text.append((media["path"] or "bytes") if media else tokenizer.decode(row["input_ids"]), "dim")
+        label = row["labels"]
+        if isinstance(label, list):
+            text.append("\ntarget: ", "bold").append(tokenizer.decode(label))
+        else:
+            text.append("\nlabel: ", "bold").append(names[label] if names else f"{label:g}")
     return text
 
 
