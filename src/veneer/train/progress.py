@@ -72,6 +72,7 @@ class Watch(TrainerCallback):
         )
         self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0)
         self.started = 0.0
+        self.first = (0, 0)
         self.paused = 0.0
 
     def on_train_begin(
@@ -79,6 +80,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """Starts the clock."""
         self.started = time.perf_counter()
+        self.first = state.global_step, int(state.num_input_tokens_seen)  # of a run that goes on, what was done before
         self.bar.reset(self.task, total=state.max_steps)
 
     def on_log(
@@ -94,7 +96,7 @@ class Watch(TrainerCallback):
             return
         history, step = self.history, state.global_step
         history.training.append((step, logs["loss"]))
-        history.tokens = int(state.num_input_tokens_seen)
+        history.tokens = int(state.num_input_tokens_seen) - self.first[1]
         history.seconds = time.perf_counter() - self.started - self.paused
         self._show(step, state.max_steps, logs["loss"])
         if self.probe is not None and step in self.probe_at:
@@ -109,7 +111,7 @@ class Watch(TrainerCallback):
                 self.task, completed=step, loss=loss, speed=history.tokens_per_second, memory=memory, refresh=True
             )
         elif step % max(1, steps // LINES) == 0 or step == steps:
-            left = history.seconds / step * (steps - step)
+            left = history.seconds / (step - self.first[0]) * (steps - step)
             self.console.print(
                 f"step {step}/{steps}  loss {loss:.3f}  {memory:.1f} GiB  "
                 f"{history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
