@@ -17,6 +17,10 @@ VeneerError
 │   ├── UnsafeFile         loading it could run code
 │   └── WrongModel         the file was made for another model
 ├── DataError              rows to train on, or what a recipe says about them, cannot be used
+├── RecipeError            a recipe says what cannot be, all of it at once
+├── RunError               a training cannot go on
+│   ├── Diverged           its loss is no number, or grew beyond measure
+│   └── Stopped            it was told to stop, and has saved what it needs to go on
 ├── TemplateError          a chat template shows no boundary between prompt and answer
 └── MissingSample          a sample model or data set is not installed
 
@@ -95,6 +99,22 @@ class WrongModel(FileError):
 
 class DataError(VeneerError, ValueError):
     """Rows to train on, or what a recipe says about them, cannot be used; one line for each mistake."""
+
+
+class RecipeError(VeneerError, ValueError):
+    """A recipe says what cannot be; one line for each mistake, with the file's line and the nearest valid name."""
+
+
+class RunError(VeneerError, RuntimeError):
+    """A training cannot begin or go on: its folder, its memory, or its checkpoints are in the way."""
+
+
+class Diverged(RunError):
+    """The loss of a training is no number, or grew beyond measure."""
+
+
+class Stopped(RunError):
+    """A training was told to stop by a signal; its checkpoint is written, and the message says how to go on."""
 
 
 class TemplateError(VeneerError, ValueError):

@@ -112,6 +112,9 @@ class NF4Linear(nn.Linear):
         destination[f"{prefix}{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" not in state_dict:  # a checkpoint of adapters alone; torch says what is missing
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         mine = {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}
         for key in KEYS[1:]:
             state_dict.pop(prefix + key, None)

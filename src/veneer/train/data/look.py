@@ -10,6 +10,7 @@ from typing import Any
 from rich.text import Text
 
 from veneer.errors import DataError
+from veneer.samples import named
 from veneer.samples.quiet import quiet
 from veneer.train.data import report
 from veneer.train.data.encode import tokenizer_of
@@ -70,7 +71,7 @@ def load_processing(model: str, task: str) -> Any:
 
     kinds: dict[str, Any] = {"image_classification": AutoImageProcessor, "speech": AutoProcessor}
     kind = kinds.get(task, AutoTokenizer)
-    place = Path(model).expanduser()
+    place = Path(named.located(model)).expanduser()
     try:
         with quiet():
             return kind.from_pretrained(place if place.is_dir() else model)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from veneer.errors import DataError, closest, listed
+from veneer.samples import named
 from veneer.train.data.extras import extra
 
 TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -96,6 +97,7 @@ class Source:
 
 def find(paths: Sequence[str], name: str | None, split: str | None, streaming: bool) -> Source:
     """Where the rows are. DataError for a path that is none, with the nearest names beside it."""
+    paths = [named.located(path) for path in paths]
     here = [Path(path).expanduser() for path in paths]
     if not any(path.exists() for path in here):
         if len(here) == 1 and _may_be_id(paths[0]):
