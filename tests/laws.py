@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import torch
 from tiny import FAMILIES, Family, logits, perturb
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 import veneer
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
-"""float64 throughout, but for norms that compute in float32 whatever they are given."""
+"""float64, but for norms that compute in float32 whatever they are given."""
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+"""float32."""
 
 
 @dataclass
@@ -57,7 +59,17 @@ class Case:
 
 
 def same(actual: Tensor, expected: Tensor, **tolerance: float) -> None:
-    torch.testing.assert_close(actual, expected, **(tolerance or EXACT))
+    torch.testing.assert_close(actual, expected, **(tolerance or (EXACT if actual.dtype == torch.float64 else CLOSE)))
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit; of a quantized tensor all that it is made of."""
+    if not is_traceable_wrapper_subclass(one):
+        return torch.equal(one, other)
+    names, facts = one.__tensor_flatten__()
+    theirs, others = other.__tensor_flatten__()
+    same = str(facts) == str(others) and names == theirs
+    return same and all(equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def differs(actual: Tensor, expected: Tensor) -> None:
@@ -81,7 +93,7 @@ def merged_equals_adapted(case: Case) -> None:
     veneer.merge(case.model, adapter)
     same(case.answer(), adapted, **CLOSE)
     veneer.unmerge(case.model, adapter)
-    assert all(torch.equal(tensor, stored[key]) for key, tensor in case.model.state_dict().items())
+    assert all(equal(tensor, stored[key]) for key, tensor in case.model.state_dict().items())
     veneer.merge(case.model, adapter, permanent=True)
     assert list(case.model.state_dict()) == case.keys
     same(case.answer(), adapted, **CLOSE)
@@ -113,7 +125,7 @@ def detach_restores(case: Case) -> None:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in case.model.modules()]
     veneer.detach(case.model, case.attach())
     assert list(case.model.state_dict()) == list(before)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in case.model.state_dict().items())
+    assert all(equal(tensor, before[key]) for key, tensor in case.model.state_dict().items())
     assert {name: p.requires_grad for name, p in case.model.named_parameters()} == wanted
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in case.model.modules()] == hooks
     assert torch.equal(case.answer(), case.base)

@@ -7,7 +7,8 @@ import json
 
 import pytest
 import torch
-from test_quantized import KINDS, dense, eight_bit, linears, quantize, same_tensors, stored
+from quantized import KINDS, TORCHAO, dense, linears, quantize
+from test_quantized import eight_bit, same_tensors, stored
 from tiny import logits, perturb, text
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM
@@ -58,7 +59,18 @@ def test_merged_equals_adapted_and_comes_back_bit_for_bit(kind, method):
     same_tensors(stored(model), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TORCHAO)
+def test_packing_torchao_again_is_refused_and_nothing_is_touched(kind):
+    model = quantized(kind)
+    adapter = adapted(model)
+    before, unmerged = stored(model), answer(model)
+    with pytest.raises(NotMergeable, match="Leave requantize out"):
+        veneer.merge(model, adapter, requantize=True)
+    same_tensors(stored(model), before)
+    assert torch.equal(answer(model), unmerged)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TORCHAO])
 def test_packing_again_costs_more_and_comes_back_too(kind):
     """In bfloat16 as on real models: the sum in 16 bit is far nearer to the unmerged model than packed again."""
     model = quantized(kind, torch.bfloat16)

@@ -7,6 +7,8 @@
 Importing this package imports neither transformers nor a quantizer.
 """
 
+from typing import Any as _Any
+
 __version__ = "0.1.0.dev0"
 
 from veneer.adapter import (
@@ -171,6 +173,16 @@ __all__ = [
     "save_quantized",
     "start_prefix",
     "to_lora",
+    "train",
     "unmerge",
     "use",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`veneer.train`, which imports transformers."""
+    if name == "train":
+        from importlib import import_module
+
+        return import_module("veneer.train")
+    raise AttributeError(f"module 'veneer' has no attribute '{name}'")

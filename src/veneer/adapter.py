@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from veneer import formats, places, site
+from veneer import checkpoints, formats, places, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -97,6 +98,8 @@ def build(
             if method.unit in ("weight", "table"):
                 place = dataclasses.replace(place, map=place.format.map(place.reader))
             delta = method.build(place)
+            if delta.measures and not place.format.readable:
+                place.read()  # which says why not
             if place.unit == "weight" and place.functional and not isinstance(delta, Weight):
                 raise MethodError(
                     "it acts on a layer's activations, but the weight is read without a call of a layer. Leave it out "
@@ -186,11 +189,11 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         if site.CHILD in vars(one.place.reader)["_modules"] and site.of(one.place.reader) is None:
             raise PlaceError(f"{one.place.reader_path} has a child named '{site.CHILD}' of its own; rename it first.")
     if not state.adapters:
-        for _, module in site.base_modules(model):
-            if (form := formats.of(module)) is not None:
-                form.prepare(module)
+        passing = _make_differentiable(model)
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
+        state.passing = passing
+        checkpoints.begin(model)
     vars(model)[STATE] = state
     adapter = Adapter(name, model, claims, also_train)
     for one in claims:
@@ -202,6 +205,18 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
     activate(model, *state.routes.merged, name)
     torch.compiler.reset()
     return adapter
+
+
+def _make_differentiable(model: nn.Module) -> list[RemovableHandle]:
+    """See to it that gradients pass every quantized module, with an adapter or not; returns the hooks that it takes."""
+    hooks = []
+    for path, module in site.base_modules(model):
+        form = formats.of(module)
+        if form is not None and form.quantized:
+            form.prepare(module)
+            if not form.differentiable(module):
+                hooks.append(site.pass_gradients(module, path, form))
+    return hooks
 
 
 def take_off(model: nn.Module, adapter: Adapter) -> None:
@@ -220,6 +235,9 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     adapter.attached = False
     if not state.adapters:
         del vars(model)[STATE]
+        for hook in state.passing:
+            hook.remove()
+        checkpoints.end(model)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(key, parameter.requires_grad))
     torch.compiler.reset()

@@ -48,7 +48,12 @@ def _compare(waiting: Sequence[Claim], dense: nn.Module) -> None:
     inventory = places.weights(dense)
     twins = [inventory.get(claim.place.path.partition("[")[0]) for claim in waiting]
     for claim, twin in zip(waiting, twins, strict=True):
-        if twin is None or twin.shape[1:] != claim.place.shape[1:] or not twin.weight.is_floating_point():
+        if (
+            twin is None
+            or twin.shape[1:] != claim.place.shape[1:]
+            or twin.format.quantized
+            or not twin.weight.is_floating_point()
+        ):
             raise AdapterError(
                 f"{type(dense).__name__} has no dense weight of shape {claim.place.shape} at {claim.place.path}. Give "
                 "the model that the quantized one was made from."

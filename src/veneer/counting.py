@@ -31,8 +31,11 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     seen: set[int] = set()
     for module in model.modules():
         form = formats.of(module)
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+        weights = (
+            [(name, form.tensor(module, name)) for below, name in form.weights(module) if not below] if form else []
+        )
+        for name, parameter in (*weights, *module.named_parameters(recurse=False)):
+            if parameter is None or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             count = form.count(module, name) if form else parameter.numel()

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from veneer import drift, site
+from veneer import checkpoints, drift, site
 from veneer.adapter import take_off
 from veneer.changes import depth, outwards
 from veneer.delta import Delta, Place, Weight, compute_dtype, row_index
@@ -81,6 +81,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
         return
     routes = state.routes
     routes.merged.append(adapter.name)
+    checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
         routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
@@ -165,7 +166,7 @@ def _refuse_unmergeable(model: nn.Module, adapter: Adapter) -> None:
                 f"{type(one.method).__name__} acts on activations; it has no merged weight. Keep it attached, or use a "
                 "weight method."
             )
-        shared = owners[id(one.place.weight)]
+        shared = owners.get(id(one.place.weight), [one.place.path])
         if len(shared) > 1 + len(one.place.tied):
             raise NotMergeable(
                 f"{shared[0]} is tied to {listed(shared[1:])}, which merging would change too. Untie them first, or "
@@ -234,6 +235,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
+    checkpoints.merged(model, bool(merged))
     torch.compiler.reset()
 
 

@@ -145,7 +145,7 @@ class Loss(Waiting):
     def __init__(self, place: Place, rank: int, scale: float, init: str, *dropout: Any) -> None:
         super().__init__(place, rank, scale, "kaiming", *dropout)
         stored = place.weight.dtype
-        if stored.is_floating_point and not place.filled:
+        if stored.is_floating_point and not place.format.quantized and not place.filled:
             raise MethodError(
                 f"init='loftq' makes up for what quantizing lost, and this weight is stored as {stored}. Quantize the "
                 "base first and show veneer.calibrate the dense one, or use init='pissa'."

@@ -79,7 +79,7 @@ def weights(model: nn.Module) -> dict[str, Place]:
             continue
         for below, parameter in form.weights(module):
             owner = module.get_submodule(below)
-            if owner._parameters.get(parameter) is None:
+            if form.tensor(owner, parameter) is None:
                 continue  # computed from others at every read, as under weight_norm
             claimed.add(id(owner))
             name = _join(path, below) if parameter == "weight" else _join(path, below, parameter)
@@ -112,11 +112,17 @@ def parameters(model: nn.Module) -> dict[str, Place]:
                 owner_path=path,
                 owner=module,
                 parameter=name,
-                format=Parameter(),
+                format=form if form and form.quantized and name == "weight" else Parameter(),
                 shape=form.shape(module, name) if form and name == "weight" else tuple(parameter.shape),
                 functional=True,
             )
     return found
+
+
+def _by_parameter(model: nn.Module) -> dict[str, Place]:
+    """Every parameter by path; weights as those that know how they are stored, whatever they are stored in."""
+    known = {_join(place.owner_path, place.parameter): place for place in weights(model).values()}
+    return parameters(model) | known
 
 
 def _shared_tables(model: nn.Module) -> dict[str, Place]:
@@ -157,8 +163,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     """The attention modules whose keys and values can be reached, each with its key projection as its weight."""
     attention.wrap()
     projections = {place.owner_path: place for place in weights(model).values()}
-    known = {_join(place.owner_path, place.parameter): place for place in projections.values()}
-    inventory = parameters(model) | known  # which know more of how a weight is stored
+    inventory = _by_parameter(model)
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}
@@ -196,7 +201,7 @@ def _projections(sublayer: anatomy.Sublayer, weights: dict[str, Place]) -> dict[
 
 def _sublayers(model: nn.Module) -> dict[str, Place]:
     """The branches beside the residual stream, each where its output passes by; its last weight stands for it."""
-    inventory = parameters(model)
+    inventory = _by_parameter(model)
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}

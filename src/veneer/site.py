@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, Span, Weight, row_index
-from veneer.errors import PlaceError, RoutingError
+from veneer.errors import MethodError, PlaceError, RoutingError
 
 CHILD = "adapters"
 hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
@@ -247,6 +247,25 @@ def _hook(module: nn.Module, site: Site) -> None:
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
     if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
+
+
+def pass_gradients(module: nn.Module, path: str, format: Any) -> RemovableHandle:
+    """Let `format` see to the gradients that pass the module, ahead of its adapters, until the handle is removed."""
+    return module.register_forward_hook(
+        functools.partial(_through, path=path, format=format), with_kwargs=True, prepend=True
+    )
+
+
+def _through(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, path: str, format: Any
+) -> Tensor:
+    x = _first(args, kwargs)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return output
+    try:
+        return cast(Tensor, format.now(module).through(module, x, output))  # dense while something is merged
+    except MethodError as error:
+        raise MethodError(f"{path}: {error}") from None
 
 
 def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:

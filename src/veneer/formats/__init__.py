@@ -1,8 +1,10 @@
 """How a base weight is stored: its logical shape, reading it dense, writing it back.
 
 A format is found by the qualified names along a module's method resolution order, the most specific first, so that
-recognising transformers' Conv1D or a quantizer's linear imports neither library. A new storage is one file here and one
-row in `_KNOWN`. Stacks of experts have a class in every model; they are known by the marks that transformers sets.
+recognising transformers' Conv1D or a quantizer's linear imports neither library. Where the weight is a tensor subclass
+that stands for other numbers, the module says what is computed and the names along the subclass say how it is stored. A
+new storage is one file here and one row in `_KNOWN` or `_TENSORS`. Stacks of experts have a class in every model; they
+are known by the marks that transformers sets.
 """
 
 from __future__ import annotations
@@ -31,18 +33,28 @@ _KNOWN = {
     "veneer.formats.nf4.NF4Linear": "nf4.NF4",
     "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",
+    "hqq.core.quantize.HQQLinear": "hqq.HQQLinear",
+    "gptqmodel.nn_modules.qlinear.BaseQuantLinear": "gptq.GPTQModel",
+    "transformers.integrations.finegrained_fp8.FP8Linear": "fp8.FineGrained",
+    "transformers.integrations.fbgemm_fp8.FbgemmFp8Linear": "fp8.Rows",
+    "transformers.integrations.mxfp4.Mxfp4GptOssExperts": "mxfp4.Experts",
 }
+_TENSORS = {"torchao.utils.TorchAOBaseTensor": "torchao"}
+"""Files by the class of a weight; each names its formats as `dense.py` names those of the same modules."""
 _EXPERTS = {"is_transposed", "is_concatenated", "has_gate", "has_bias"}
 
 
 class Format(ABC):
     """One way to store the weight of one kind of module. Formats hold no state.
 
-    `rows` is the dimension of the logical shape that holds a layer's outputs, which spans count.
+    `rows` is the dimension of the logical shape that holds a layer's outputs, which spans count. A `quantized` weight
+    stands for other numbers than those that are stored, so that it can be neither trained nor changed in place. One
+    that is not `readable` is laid out for its kernel alone: `read` raises UnreadableWeight.
     """
 
     rows: ClassVar[int] = 0
     quantized: ClassVar[bool] = False
+    readable: ClassVar[bool] = True
 
     def now(self, owner: nn.Module) -> Format:
         """The format as which the weight is stored now: a quantized one is dense while something is merged into it."""
@@ -58,6 +70,18 @@ class Format(ABC):
     def functional(self, module: nn.Module) -> bool:
         """Whether the module's forward does more with its weights than the map, so that they must change where read."""
         return False
+
+    def tensor(self, owner: nn.Module, parameter: str) -> Tensor | None:
+        """What a weight is stored in, a parameter of that name unless the class has another; None where it has none."""
+        return owner._parameters.get(parameter)
+
+    def differentiable(self, module: nn.Module) -> bool:
+        """Whether the module's own forward gives gradients to its input."""
+        return True
+
+    def through(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The module's own answer y to x, with the gradients to x that its own forward does not give."""
+        return y
 
     @abstractmethod
     def map(self, module: nn.Module) -> LinearMap:
@@ -106,14 +130,20 @@ class Format(ABC):
 
 def of(module: nn.Module) -> Format | None:
     """The format of a module's weight, or None where the module is no linear map that Veneer knows."""
-    for cls in type(module).__mro__:
-        name = _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
-        if name is not None:
-            file, attribute = name.split(".")
-            found: Format = vars(import_module(f"{__name__}.{file}"))[attribute]()
-            return found
+    name = _first(type(module), _KNOWN)
+    if name is not None:
+        file, attribute = name.split(".")
+        file = _first(type(module._parameters.get("weight")), _TENSORS) or file
+        found: type[Format] | None = vars(import_module(f"{__name__}.{file}")).get(attribute)
+        return found() if found else None
     if vars(module).keys() >= _EXPERTS:
         from veneer.formats.experts import Experts
 
         return Experts()
     return None
+
+
+def _first(cls: type, table: dict[str, str]) -> str | None:
+    """What a table says of the first class along the method resolution order that it knows."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return next((table[name] for name in names if name in table), None)

@@ -31,7 +31,7 @@ class _Rows(Pair):
     def lengths(self) -> Tensor:
         """Those of the rows of W + s·B·A: |W|² + 2s·<W, B·A> + s²·|B·A|², none of which forms the product B·A."""
         A, B, W = self.A.flatten(1), self.B.flatten(1), self.product.place.weight
-        crossed = self.product(A.to(W.dtype) if W.is_floating_point() else A).T.to(B.dtype) * B
+        crossed = self.product(A.to(W.dtype) if W.is_floating_point() and W.itemsize > 1 else A).T.to(B.dtype) * B
         squares: Tensor = self.get_buffer("squares") + (
             2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T)) * B
         ).sum(1)

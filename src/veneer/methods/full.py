@@ -60,12 +60,14 @@ class FullFineTuning(Method):
 
     unit: ClassVar[Unit] = "parameter"
     default_where: ClassVar[str] = "*"
+    learning_rate: ClassVar[float] = 2e-5
 
     def build(self, place: Place) -> Delta:
         stored = place.weight
-        if not stored.dtype.is_floating_point or stored.numel() != math.prod(place.shape):
+        if place.format.quantized or not stored.is_floating_point() or stored.numel() != math.prod(place.shape):
+            kind = stored.dtype if type(stored) is nn.Parameter else type(stored).__name__
             raise MethodError(
-                f"FullFineTuning cannot train {place.path}: it is stored as {stored.dtype}. Train a layer of floating "
+                f"FullFineTuning cannot train {place.path}: it is stored as {kind}. Train a layer of floating "
                 "point numbers, or attach LoRA there."
             )
         return Copy(stored)

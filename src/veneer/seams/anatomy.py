@@ -138,9 +138,10 @@ def _trace(model: nn.Module, example: Mapping[str, Tensor] | None) -> Graph:
 def _trace_shapes(model: nn.Module, inputs: dict[str, Tensor], tracer: Tracer) -> None:
     """Trace with meta tensors in the place of parameters."""
     inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
-    meta = packed.tensors(model)
-    tracer.start({name: tensor for name, tensor in meta.items() if isinstance(tensor, nn.Parameter)}, inputs)
-    with packed.unpacked(model), tracer:
+    meta, weights = packed.tensors(model)
+    named = {**meta, **weights}
+    tracer.start({name: tensor for name, tensor in named.items() if isinstance(tensor, nn.Parameter)}, inputs)
+    with packed.unpacked(model, weights), tracer:
         torch.func.functional_call(model, meta, kwargs={**inputs, **_without_cache(model)})
 
 

@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +13,17 @@ from torch import Tensor, nn
 from veneer import formats
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model as meta tensors; a packed weight in the shape it stands for."""
-    packed = {
+def tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the parameters and buffers of a model as meta tensors, packed weights in the shape they stand for; those alone).
+
+    A packed weight is called `weight` whatever its module calls it.
+    """
+    packed: dict[str, Tensor] = {
         f"{path}.weight": nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
         for path, _, shape in _modules(model)
     }
-    found = {**dict(model.named_parameters()), **dict(model.named_buffers()), **packed}
-    return {name: _meta(tensor) for name, tensor in found.items()}
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: packed.get(name, _meta(tensor)) for name, tensor in found.items()}, packed
 
 
 def _meta(tensor: Tensor) -> Tensor:
@@ -32,29 +34,31 @@ def _meta(tensor: Tensor) -> Tensor:
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module, tuple[int, ...]]]:
-    """The quantized linears: path, module and logical shape of its weight."""
+    """The quantized modules: path, module and the shape that its weight has for it."""
     found = []
     for path, module in model.named_modules():
-        form, weight = formats.of(module), module._parameters.get("weight")
+        form = formats.of(module)
+        weight = form.tensor(module, "weight") if form else None
         if form is not None and weight is not None:
             shape = form.shape(module, "weight")
-            if not weight.is_floating_point() or weight.numel() != math.prod(shape):
+            if weight.numel() != math.prod(shape) or not weight.is_floating_point():
                 found.append((path, module, shape))
+            elif form.quantized:
+                found.append((path, module, tuple(weight.shape)))
     return found
 
 
 @contextmanager
-def unpacked(model: nn.Module) -> Iterator[None]:
-    """Within, quantized linears multiply by a plain weight."""
-    linears = [module for _, module, _ in _modules(model)]
-    for module in linears:
-        module.__dict__["forward"] = functools.partial(_multiply, module)
+def unpacked(model: nn.Module, packed: dict[str, Tensor]) -> Iterator[None]:
+    """Within, quantized linears multiply by the stand-ins for their weights."""
+    linears = [(path, module) for path, module, _ in _modules(model) if not isinstance(module, nn.Embedding)]
+    own = [vars(module).get("forward") for _, module in linears]
+    for path, module in linears:
+        vars(module)["forward"] = functools.partial(nn.functional.linear, weight=packed[f"{path}.weight"])
     try:
         yield
     finally:
-        for module in linears:
-            del module.__dict__["forward"]
-
-
-def _multiply(module: Any, x: Tensor) -> Tensor:
-    return nn.functional.linear(x, module.weight)
+        for (_, module), forward in zip(linears, own, strict=True):
+            del vars(module)["forward"]
+            if forward is not None:
+                vars(module)["forward"] = forward

@@ -11,24 +11,15 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 import veneer
 from veneer import Adapter
 from veneer.train.batch import Collator
+from veneer.train.callback import AdapterCallback
 from veneer.train.encoding import Encoded
 from veneer.train.progress import History, Watch
 
@@ -63,48 +54,18 @@ def fit(
     watch = Watch(console or Console(stderr=True), probe, probe_at)
     optimizer = veneer.optimizer(adapter, recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as scratch, watch.bar:
-        trainer = _Trainer(
-            adapter,
+        trainer = Trainer(
             model=model,
             args=_arguments(recipe, scratch),
             data_collator=collator,
             train_dataset=list(rows),
             optimizers=(optimizer, None),
-            callbacks=[_Schedule(adapter), watch],
+            callbacks=[AdapterCallback(adapter), watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     return watch.history
-
-
-class _Trainer(Trainer):
-    """transformers' Trainer with the terms that the adapter's methods add to the loss."""
-
-    def __init__(self, adapter: Adapter, **options: Any) -> None:
-        super().__init__(**options)
-        self.adapter = adapter
-
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, *args, **kwargs)
-        term = self.adapter.regularization() if model.training else None
-        if term is None:
-            return found
-        loss: Tensor = found[0] if isinstance(found, tuple) else found
-        loss = loss + term.to(loss.device, loss.dtype)
-        return (loss, *found[1:]) if isinstance(found, tuple) else loss
-
-
-class _Schedule(TrainerCallback):
-    """Tells the adapter's methods of each step while its gradients are still there."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.adapter.after_step(state.global_step + 1)
 
 
 def _arguments(recipe: Recipe, scratch: str) -> TrainingArguments:
