@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tiny import FAMILIES, IDS, logits, perturb, text
 
 import veneer
@@ -246,3 +247,66 @@ def test_two_heads_do_not_stack():
         veneer.attach(model, PFEIFFER, name=name, also_train=["classifier"])
     with pytest.raises(Overlap, match=r"train classifier\.weight whole"):
         veneer.fuse(model, ["one", "two"], how="stack")
+
+
+def saved_by_reference(tmp_path):
+    """(model, fusion, its folder): two parts with folders of their own, and a third that is written with the fusion."""
+    model = with_adapters(FAMILIES["bert"].model(), PFEIFFER, PFEIFFER, PFEIFFER)
+    for name in ("one", "two"):
+        perturb(veneer.adapters(model)[name])
+        veneer.save(veneer.adapters(model)[name], tmp_path / name)
+    fusion = veneer.fuse(model, ["one", "two", "three"])
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter.add_(0.1)
+    veneer.save(fusion, tmp_path / "fusion", parts={"one": tmp_path / "one", "two": str(tmp_path / "two")})
+    return model, fusion, tmp_path / "fusion"
+
+
+def test_parts_saved_by_reference_are_not_written_again(tmp_path):
+    model, fusion, folder = saved_by_reference(tmp_path)
+    expected = logits(model, text())
+    recipe = json.loads((folder / "veneer.json").read_text())
+    assert {part: reference["folder"] for part, reference in recipe["parts"].items()} == {
+        "one": "./../one",
+        "two": "./../two",
+    }
+    written = load_file(folder / "veneer.safetensors")
+    assert not any(".parts.one." in key or ".parts.two." in key for key in written)
+    assert any(".parts.three." in key for key in written)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("one", "two", "fusion"):
+        (tmp_path / name).rename(moved / name)
+    fresh = FAMILIES["bert"].model()
+    loaded = veneer.load(fresh, moved / "fusion")
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in fusion.state_dict().items())
+    assert torch.equal(logits(fresh, text()), expected)
+
+
+def test_a_part_that_changed_is_named(tmp_path):
+    model, fusion, folder = saved_by_reference(tmp_path)
+    perturb(veneer.adapters(model)["two"])
+    veneer.save(veneer.adapters(model)["two"], tmp_path / "two")
+    with pytest.raises(CorruptFile, match=r"veneer\.safetensors is not the part 'two' that the fusion was saved with"):
+        veneer.load(FAMILIES["bert"].model(), folder)
+    with pytest.raises(AdapterError, match=r"The part 'two' in .* is not what the fusion was made of"):
+        veneer.save(fusion, tmp_path / "again", parts={"two": tmp_path / "two"})
+    assert not (tmp_path / "again").exists()
+    for file in (tmp_path / "two").iterdir():
+        file.unlink()
+    (tmp_path / "two").rmdir()
+    with pytest.raises(FileError, match=r"\.\./two, where a part of the fusion in .* lies, is gone"):
+        veneer.load(FAMILIES["bert"].model(), folder)
+
+
+def test_what_has_no_such_part_is_refused(tmp_path):
+    _, fusion, _ = saved_by_reference(tmp_path)
+    with pytest.raises(AdapterError, match=r"no part 'tow'\. Closest: two\. Its parts are one, three, two"):
+        veneer.save(fusion, tmp_path / "again", parts={"tow": tmp_path / "two"})
+    plain = veneer.attach(FAMILIES["llama"].model(), veneer.LoRA(rank=2))
+    with pytest.raises(AdapterError, match="is no fusion, so it has no parts"):
+        veneer.save(plain, tmp_path / "again", parts={"two": tmp_path / "two"})
+    serial = veneer.attach(FAMILIES["llama"].model(), PFEIFFER)
+    with pytest.raises(AdapterError, match="Only a fusion has parts"):
+        veneer.save(serial, tmp_path / "again", parts={"two": tmp_path / "two"})

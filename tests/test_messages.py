@@ -173,6 +173,12 @@ MESSAGES = [
         "the adapter attached.",
     ),
     (
+        errors.OptimizerError,
+        lambda folder: veneer.optimizer(veneer.attach(llama(), LORA), "paged-bitsandbytes", lr=0.1),
+        "bitsandbytes pages nothing on a CPU, and elsewhere only tensors of 100,000 elements or more: 0.0% of what "
+        "'default' trains. Take 'paged', which pages all.",
+    ),
+    (
         errors.RoutingError,
         lambda folder: bad_rows(),
         "rows names 2 rows but a batch of 3 reached model.layers.0.self_attn.q_proj. Give one entry a row of the "
@@ -207,7 +213,13 @@ def test_every_error_is_one_of_ours():
     assert all(issubclass(kind, veneer.VeneerError) for kind in kinds)
     assert all(kind.__doc__ for kind in kinds)
     value_errors = {kind for kind in kinds if issubclass(kind, ValueError)}
-    assert value_errors == set(kinds) - {veneer.VeneerError, errors.MissingSample}
+    assert value_errors == set(kinds) - {
+        veneer.VeneerError,
+        errors.MissingSample,
+        errors.RunError,
+        errors.Diverged,
+        errors.Stopped,
+    }
 
 
 def test_closest_and_listed():

@@ -7,6 +7,8 @@
 Importing this package imports neither transformers nor a quantizer.
 """
 
+from typing import Any as _Any
+
 __version__ = "0.1.0.dev0"
 
 from veneer.adapter import (
@@ -81,6 +83,10 @@ from veneer.methods import (
     TrainableTokens,
     VeRA,
 )
+from veneer.optim import (
+    PagedAdamW,
+    optimizer,
+)
 from veneer.quantizing import (
     NF4,
     load_quantized,
@@ -94,6 +100,9 @@ from veneer.repairing import (
 from veneer.routing import (
     activate,
     use,
+)
+from veneer.seams.checkpointing import (
+    checkpoint_activations,
 )
 from veneer.starts import (
     start_prefix,
@@ -132,6 +141,7 @@ __all__ = [
     "NF4",
     "OFT",
     "PTuning",
+    "PagedAdamW",
     "ParameterCount",
     "Place",
     "PrefixTuning",
@@ -147,6 +157,7 @@ __all__ = [
     "attach",
     "calibrate",
     "check",
+    "checkpoint_activations",
     "combine",
     "count_parameters",
     "dequantize",
@@ -155,12 +166,23 @@ __all__ = [
     "load",
     "load_quantized",
     "merge",
+    "optimizer",
     "quantize",
     "quantize_around",
     "save",
     "save_quantized",
     "start_prefix",
     "to_lora",
+    "train",
     "unmerge",
     "use",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    """`veneer.train`, which imports transformers."""
+    if name == "train":
+        from importlib import import_module
+
+        return import_module("veneer.train")
+    raise AttributeError(f"module 'veneer' has no attribute '{name}'")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer import formats, places, site
+from veneer import checkpoints, formats, places, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -193,6 +193,7 @@ def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Se
         state.trainable = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
         model.requires_grad_(False)
         state.passing = passing
+        checkpoints.begin(model)
     vars(model)[STATE] = state
     adapter = Adapter(name, model, claims, also_train)
     for one in claims:
@@ -236,6 +237,7 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
         del vars(model)[STATE]
         for hook in state.passing:
             hook.remove()
+        checkpoints.end(model)
         for key, parameter in model.named_parameters():
             parameter.requires_grad_(state.trainable.get(key, parameter.requires_grad))
     torch.compiler.reset()

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 Unit = Literal["weight", "table", "parameter", "attention", "sublayer", "input"]
 Span = tuple[int, int]
 T = TypeVar("T")
+PASSING = "passing_"
+"""How the name of a buffer begins that a training goes on from, and that is no part of the adapter it makes."""
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,9 @@ class Delta(nn.Module, ABC):
     that its effect is linear in how far its parameters are from their start, which is always the same, so that several
     trained ones add up parameter by parameter; `measures` that the delta looks at the base's weight, which must then
     stay as it is. `fast` names the parameters that LoRA+ trains at a larger rate. `still` names parameters (or the
-    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too. `reads`
-    names the source of the place that `x` is taken from; empty means the module's first argument.
+    modules that hold them) that are saved with the adapter and never trained; persistent buffers are saved too, except
+    those that begin with PASSING, which are in checkpoints of the model alone. `reads` names the source of the place
+    that `x` is taken from; empty means the module's first argument.
 
     A delta that `waits` for the "inputs" of its module, or for the dense "weight" that a quantized one was made from,
     is shown them by `veneer.calibrate`, which calls `observe` and then `settle`, which clears it. Until then it cannot
@@ -317,11 +320,12 @@ class Method(ABC):
     `unit` is what it acts on: "weight" (linear maps: Linear, Conv1D, Embedding, Conv, attention projections), "table"
     (an embedding, with all that is tied to it), "parameter" (any parameter), "attention" (keys and values), "sublayer"
     (a branch beside the residual stream) or "input" (input embeddings). `default_where` is where it goes when the user
-    names nothing.
+    names nothing, `learning_rate` what a recipe trains it with (AdamW) when it names none.
     """
 
     unit: ClassVar[Unit] = "weight"
     default_where: ClassVar[str] = "linear"
+    learning_rate: ClassVar[float] = 5e-4
 
     def __post_init__(self) -> None:
         """Check every option against its annotation, so that a wrong value is named before it does harm."""

@@ -10,11 +10,17 @@ VeneerError
 ├── AdapterError           names and states of adapters on a model
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
+├── OptimizerError         an optimizer's name, options or state, or the room for it
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
 │   ├── CorruptFile        truncated, garbled, or not what its name says
 │   ├── UnsafeFile         loading it could run code
 │   └── WrongModel         the file was made for another model
+├── DataError              rows to train on, or what a recipe says about them, cannot be used
+├── RecipeError            a recipe says what cannot be, all of it at once
+├── RunError               a training cannot go on
+│   ├── Diverged           its loss is no number, or grew beyond measure
+│   └── Stopped            it was told to stop, and has saved what it needs to go on
 ├── TemplateError          a chat template shows no boundary between prompt and answer
 └── MissingSample          a sample model or data set is not installed
 
@@ -63,6 +69,10 @@ class NotMergeable(AdapterError):
     """The adapter has no form as a plain weight here."""
 
 
+class OptimizerError(VeneerError, ValueError):
+    """An optimizer cannot be had, has no room for its state, or cannot go on from one."""
+
+
 class UnreadableWeight(MethodError, NotMergeable):
     """A quantized weight is laid out for its kernel alone: no method can look at it, and nothing be merged into it."""
 
@@ -85,6 +95,26 @@ class UnsafeFile(FileError):
 
 class WrongModel(FileError):
     """An adapter's file does not fit the model it is loaded on."""
+
+
+class DataError(VeneerError, ValueError):
+    """Rows to train on, or what a recipe says about them, cannot be used; one line for each mistake."""
+
+
+class RecipeError(VeneerError, ValueError):
+    """A recipe says what cannot be; one line for each mistake, with the file's line and the nearest valid name."""
+
+
+class RunError(VeneerError, RuntimeError):
+    """A training cannot begin or go on: its folder, its memory, or its checkpoints are in the way."""
+
+
+class Diverged(RunError):
+    """The loss of a training is no number, or grew beyond measure."""
+
+
+class Stopped(RunError):
+    """A training was told to stop by a signal; its checkpoint is written, and the message says how to go on."""
 
 
 class TemplateError(VeneerError, ValueError):

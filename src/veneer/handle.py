@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer.counting import count_parameters
-from veneer.delta import Delta, Method, Place
+from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
 from veneer.originals import Original
 from veneer.site import Routes
@@ -63,7 +63,9 @@ class Adapter:
         A key is a place's path, a running number and a name; what places share has `shared` for a path.
         """
         for key, delta in self._named_modules():
-            yield from ((f"{key}.{name}", tensor) for name, tensor in delta.state_dict(keep_vars=True).items())
+            for name, tensor in delta.state_dict(keep_vars=True).items():
+                if not name.startswith(PASSING):
+                    yield f"{key}.{name}", tensor
 
     def _named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"shared.{number}", module) for number, module in enumerate(self.shared))

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from veneer import drift, site
+from veneer import checkpoints, drift, site
 from veneer.adapter import take_off
 from veneer.changes import depth, outwards
 from veneer.delta import Delta, Place, Weight, compute_dtype, row_index
@@ -81,6 +81,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
         return
     routes = state.routes
     routes.merged.append(adapter.name)
+    checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
         routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
@@ -234,6 +235,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
+    checkpoints.merged(model, bool(merged))
     torch.compiler.reset()
 
 

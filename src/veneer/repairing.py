@@ -24,7 +24,7 @@ from veneer.errors import MethodError
 from veneer.handle import Adapter, adapters
 from veneer.lowrank import Pair
 from veneer.methods import LoRA
-from veneer.ops import nf4
+from veneer.ops import nf4_kernels
 from veneer.quantizing import NF4, chosen, quantize
 
 STARTS = ("loftq", *pairs.POWERS)
@@ -102,8 +102,8 @@ def quantize_around(
 
 def _few_bits(weight: Tensor, quantizer: NF4, dtype: torch.dtype) -> Tensor:
     """What is left of a weight that is stored in `dtype` and then in few bits."""
-    packed = nf4.quantize(weight.to(dtype), quantizer.block_size, quantizer.double_quant)
-    return nf4.dequantize(packed, weight.dtype)
+    packed = nf4_kernels.quantize(weight.to(dtype), quantizer.block_size, quantizer.double_quant)
+    return nf4_kernels.dequantize(packed, weight.dtype)
 
 
 def _error(weight: Tensor, other: Tensor) -> float:

@@ -19,10 +19,10 @@ from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoS
 from veneer.handle import Adapter, Claim, runs
 from veneer.interop import peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
+from veneer.references import OWN_TENSORS, Reference, put_back, take_out
 from veneer.seams import transformers
 
 RECIPE = "veneer.json"
-OWN_TENSORS = "veneer.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 PEFT_TENSORS = "adapter_model.safetensors"
 VERSION = 1
@@ -55,15 +55,19 @@ class Recipe(pydantic.BaseModel, extra="forbid", strict=True):
     claims: list[_Claim] = pydantic.Field(min_length=1)
     also_train: list[str]
     tensors: _Tensors
+    parts: dict[str, Reference] = {}
 
 
-def save(adapter: Adapter, folder: str | Path) -> Path:
+def save(adapter: Adapter, folder: str | Path, *, parts: Mapping[str, str | Path] | None = None) -> Path:
     """Write an adapter into `folder` itself, and return the folder.
 
     Where Hugging Face PEFT has the method, `adapter_config.json` and `adapter_model.safetensors` are PEFT's own, which
     PEFT, vLLM and llama.cpp's converter read; otherwise the tensors are in `veneer.safetensors`. `veneer.json` is the
     recipe in both cases. The same adapter always gives the same bytes. Files are written under temporary names, synced
     and renamed.
+
+    A fusion may be saved by reference: `parts` names, for some or all of its parts, the folder or Hub id that each was
+    saved in, where `load` will look for them; the folder is then small, and not whole by itself.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -71,7 +75,8 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     if any(claim.delta.waits for claim in adapter.claims):
         raise AdapterError(f"{adapter!r} has not started yet. Call veneer.calibrate first.")
     adapter = adapter.folded()
-    contents = {}
+    contents: dict[str, bytes] = {}
+    references: dict[str, Reference] = {}
     name = OWN_TENSORS
     try:
         tensors, config = peft.to_files(adapter)
@@ -80,8 +85,13 @@ def save(adapter: Adapter, folder: str | Path) -> Path:
     except NotInPEFT:
         pass
     if name == OWN_TENSORS:
-        contents = {OWN_TENSORS: _packed(adapter.state_dict()), **contents}
-    contents[RECIPE] = files.to_json(_recipe(adapter, name, contents[name]).model_dump())
+        named = {part: (str(where), _located(where, None)) for part, where in (parts or {}).items()}
+        tensors, references = take_out(adapter.state_dict(), named, folder)
+        contents = {OWN_TENSORS: _packed(tensors), **contents}
+    elif parts:
+        raise AdapterError(f"{adapter!r} is no fusion, so it has no parts to refer to. Leave `parts` out.")
+    recipe = _recipe(adapter, name, contents[name], references)
+    contents[RECIPE] = files.to_json(recipe.model_dump(exclude=None if references else {"parts"}))
     files.write(folder, contents)
     for stale in {OWN_TENSORS, PEFT_TENSORS, PEFT_CONFIG} - contents.keys():
         (folder / stale).unlink(missing_ok=True)
@@ -93,7 +103,7 @@ def _packed(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save(whole, metadata={"format": "pt"})
 
 
-def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
+def _recipe(adapter: Adapter, name: str, packed: bytes, references: dict[str, Reference]) -> Recipe:
     return Recipe(
         format=VERSION,
         veneer=veneer.__version__,
@@ -109,6 +119,7 @@ def _recipe(adapter: Adapter, name: str, packed: bytes) -> Recipe:
             for claims in runs(adapter.claims)
         ],
         tensors=_Tensors(file=name, sha256=files.digest(packed)),
+        parts=references,
     )
 
 
@@ -162,6 +173,15 @@ def _located(folder: str | Path, revision: str | None) -> Path:
         raise FileError(f"{folder} is no local folder, and fetching it from the Hub failed: {error}") from error
 
 
+def _near(path: Path, folder: str) -> Path:
+    """Where a part is: seen from the fusion's folder, or on the Hub."""
+    if not folder.startswith("."):
+        return _located(folder, None)
+    if not (path / folder).is_dir():
+        raise FileError(f"{path / folder}, where a part of the fusion in {path} lies, is gone. Put it back.")
+    return path / folder
+
+
 def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
     recipe = read_recipe(path)
     tensors = files.read_tensors(path / recipe.tensors.file)  # a damaged file is named as such before its checksum
@@ -173,6 +193,8 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
         expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
     except NotInPEFT as error:
         raise CorruptFile(f"{path / RECIPE} does not belong to {recipe.tensors.file}: {error}.") from None
+    if recipe.parts:
+        tensors |= put_back(expected, {part: (one, _near(path, one.folder)) for part, one in recipe.parts.items()})
     _compare(expected, tensors, path / recipe.tensors.file, recipe.base)
     if in_peft:
         peft.from_tensors(claims, tensors)

@@ -6,13 +6,13 @@ A change s·B·diag(E)·A has one entry of E a rank; setting it to zero takes th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from veneer import lowrank
-from veneer.delta import Place
+from veneer.delta import PASSING, Place
 from veneer.errors import MethodError
 
 
@@ -48,8 +48,6 @@ class Triplets(lowrank.Pair):
         self.E = nn.Parameter(torch.zeros(self.rank, 1, **place.new))
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)
-        self.smoothed: dict[str, tuple[Tensor, Tensor]] = {}
-        self.kept: Tensor | None = None
 
     def parts(self) -> Sequence[tuple[Tensor, Tensor, float]]:
         return ((self.A * self.E.view(-1, *[1] * (self.A.dim() - 1)), self.B, 1.0),)
@@ -63,19 +61,36 @@ class Triplets(lowrank.Pair):
         term: Tensor = norms * (self.orthogonality / 2)
         return term
 
+    def gathered(self, name: str) -> Tensor | None:
+        """What training has gathered so far under a name."""
+        return self._buffers.get(f"{PASSING}{name}")
+
+    def gather(self, **tensors: Tensor) -> None:
+        """Keep tensors for the next step, and for a training that goes on from a checkpoint."""
+        for name, tensor in tensors.items():
+            self.register_buffer(f"{PASSING}{name}", tensor)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        begun = f"{prefix}{PASSING}"
+        found = {key.removeprefix(begun): tensor for key, tensor in state_dict.items() if key.startswith(begun)}
+        self.gather(**{name: tensor.to(self.E.device) for name, tensor in found.items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.no_grad()
     def observe_importance(self, beta_importance: float, beta_uncertainty: float) -> None:
         """Take in |w·g| of every entry w, with the gradient g that the last step was made from."""
         for name, w in self.named_parameters():
             seen = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()
-            importance, uncertainty = self.smoothed.get(name, (torch.zeros_like(w), torch.zeros_like(w)))
+            before = self.gathered(f"importance_{name}"), self.gathered(f"uncertainty_{name}")
+            importance, uncertainty = (torch.zeros_like(w) if one is None else one for one in before)
             importance = beta_importance * importance + (1 - beta_importance) * seen
-            off = (seen - importance).abs()
-            self.smoothed[name] = importance, beta_uncertainty * uncertainty + (1 - beta_uncertainty) * off
+            uncertainty = beta_uncertainty * uncertainty + (1 - beta_uncertainty) * (seen - importance).abs()
+            self.gather(**{f"importance_{name}": importance, f"uncertainty_{name}": uncertainty})
 
     def scores(self) -> Tensor:
         """Importance of each triplet."""
-        a, e, b = (self.smoothed[name][0] * self.smoothed[name][1] for name in ("A", "E", "B"))
+        state = {name.removeprefix(PASSING): buffer for name, buffer in self.named_buffers(recurse=False)}
+        a, e, b = (state[f"importance_{name}"] * state[f"uncertainty_{name}"] for name in ("A", "E", "B"))
         return e.flatten() + a.flatten(1).mean(1) + b.flatten(1).mean(0)
 
     @torch.no_grad()
@@ -111,13 +126,13 @@ def budget(method: Schedule, total: int, layers: int, step: int) -> int:
 def allocate(method: Schedule, deltas: Sequence[Triplets], step: int) -> None:
     """One step of the schedule, over all the layers together."""
     last = method.total_steps - method.final
-    done = step >= last and all(delta.kept is not None for delta in deltas)
-    if done:
-        for delta in deltas:
-            assert delta.kept is not None
-            delta.cut(delta.kept)
+    kept = [delta.gathered("kept") for delta in deltas]
+    if step >= last and all(one is not None for one in kept):
+        for delta, one in zip(deltas, kept, strict=True):
+            assert one is not None
+            delta.cut(one)
         return
-    if step < last or any(not delta.smoothed for delta in deltas):  # a resumed training has yet to see one
+    if step < last or any(delta.gathered("importance_E") is None for delta in deltas):  # some training has seen none
         for delta in deltas:
             delta.observe_importance(method.beta_importance, method.beta_uncertainty)
     if step < last and (step <= method.warmup or step % method.interval):
@@ -127,7 +142,7 @@ def allocate(method: Schedule, deltas: Sequence[Triplets], step: int) -> None:
     over = len(together) - budget(method, len(together), len(deltas), step)
     threshold = together.kthvalue(over).values.item() if over > 0 else -1.0
     for delta, score in zip(deltas, scores, strict=True):
-        kept = score > threshold
-        delta.cut(kept)
+        stays = score > threshold
+        delta.cut(stays)
         if step >= last:
-            delta.kept = kept
+            delta.gather(kept=stays)

@@ -63,9 +63,11 @@ def inspect(
         found = _adapter(path)
     elif (path / "config.json").exists():
         from veneer.cli import diagram
-        from veneer.seams import transformers
+        from veneer.seams import loading, transformers
 
         found = diagram.describe(transformers.without_weights(path))
+        if stored := loading.stored_bits(path):
+            found["nf4"] = {"weights": stored[0], "bits": stored[1]}
     else:
         raise FileError(f"{path} is neither an adapter's folder (veneer.json) nor a model's (config.json).")
     if json:
@@ -103,6 +105,37 @@ def _print(title: str, found: dict[str, Any]) -> None:
         else:
             table.add_row(key, f"{value:,}" if type(value) is int else str(value))
     Console().print(table)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="The dense model: a folder, or a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Where the 4-bit model goes; must not exist yet.")],
+    block_size: Annotated[int, typer.Option(help="Weights that share a magnitude: 32, 64, ... 4096.")] = 64,
+    no_double_quant: Annotated[
+        bool, typer.Option("--no-double-quant", help="Magnitudes in 32 bits, not in 8.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="Modules to leave dense: a glob or re:REGEX; repeat it.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Store the linears of a model in four bits (NF4), one weight after the other, and save it with bitsandbytes' keys.
+
+    The dense model is never in memory. veneer.load_quantized opens the folder, and so does transformers with
+    bitsandbytes. Examples: veneer quantize my-model my-model-nf4; veneer quantize my-model small --skip o_proj
+    """
+    from veneer.seams import loading
+
+    if output.exists():
+        raise FileError(f"{output} exists already; name a new folder for the 4-bit model.")
+    method = veneer.NF4(block_size, double_quant=not no_double_quant)
+    loading.save(veneer.load_quantized(model, method, skip=skip or ()), output, source=model)
+    weights, bits = loading.stored_bits(output) or (0, 0.0)
+    size = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    done = {"output": str(output), "weights": weights, "bits": bits, "bytes": size}
+    said = f"Stored {weights:,} weights in {bits:.3f} bits each; the model is in {output}, {size / 1e6:,.1f} MB."
+    print(json_text.dumps(done) if json else said)
 
 
 @app.command()

@@ -78,6 +78,8 @@ def _relative(sublayers: list[dict[str, Any]], block: str) -> list[dict[str, Any
 def lines(found: dict[str, Any]) -> Iterator[str]:
     """The drawing of what `describe` found."""
     yield f"{found['class']}, {found['parameters']:,} parameters"
+    if "nf4" in found:
+        yield f"{found['nf4']['weights']:,} of them in NF4, {found['nf4']['bits']:.3f} bits each"
     for one in found["embedding"]:
         yield f"embedding  {one['path']}  {_shape(one['shape'])}"
     for block in found["blocks"]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from veneer.errors import PlaceError
 from veneer.formats.quantized import Quantized
 from veneer.ops import nf4
+from veneer.ops.nf4_kernels import Kernel
 
 
 class Linear4bit(Quantized):
@@ -92,11 +95,19 @@ class Linear8bitLt(Quantized):
         return pack
 
 
-def dequantize_nf4(packed: nf4.Packed, dtype: torch.dtype) -> Tensor:
-    """The dense weight of Veneer's NF4 by bitsandbytes' operator, which has the same bytes."""
+def _dequantize_nf4(packed: nf4.Packed, dtype: torch.dtype) -> Tensor:
     import bitsandbytes  # noqa: F401  # registers the operators
 
     operator = torch.ops.bitsandbytes.dequantize_4bit.default
     flat = (torch.Size(packed.shape).numel(),)  # given rows that blocks cross, 0.50.2 reads wrong magnitudes on a CPU
     dense: Tensor = operator(packed.data, nf4.magnitudes(packed), packed.block_size, "nf4", flat, dtype)
     return dense.view(packed.shape)
+
+
+@functools.cache
+def _missing(device_type: str) -> str | None:
+    return None if find_spec("bitsandbytes") else "bitsandbytes is not installed"
+
+
+NF4_KERNEL = Kernel(_dequantize_nf4, _missing)
+"""The dense weight of Veneer's NF4 by bitsandbytes' operator, which has the same bytes."""

@@ -17,28 +17,36 @@ from veneer.formats.quantized import Quantized
 from veneer.ops import nf4, nf4_kernels
 from veneer.ops.nf4 import Packed
 
-_STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE = "weight.quant_state.bitsandbytes__nf4"
 _STATISTICS = ("absmax", "outer", "offset")
-KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+KEYS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", STATE)
 """What bitsandbytes calls the tensors of one NF4 weight in a checkpoint."""
+_PIECE = 2**20
+"""Weights that are quantized at a time: whole blocks of every size."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
-nf4_kernels.KERNELS = {"bitsandbytes": bitsandbytes.dequantize_nf4, **nf4_kernels.KERNELS}
+nf4_kernels.KERNELS = {"c": nf4_kernels.KERNELS["c"], "bitsandbytes": bitsandbytes.NF4_KERNEL, **nf4_kernels.KERNELS}
 
 
 class NF4Linear(nn.Linear):
-    """y = x·Wᵀ + b with a frozen W in NF4, which is dense only while it is multiplied by; b stays as it is."""
+    """y = x·Wᵀ + b with a frozen W in NF4, which is dense only while it is multiplied by; b stays as it is.
 
-    def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool) -> None:
+    `kernel` names the one that makes W dense, which then never gives way to another; None is the fastest that runs.
+    """
+
+    def __init__(self, linear: nn.Linear, block_size: int, double_quant: bool, kernel: str | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.hold(nf4.quantize(linear.weight, block_size, double_quant), linear.weight.dtype)
+        self.kernel = kernel
+        self.hold(pack(linear.weight, block_size, double_quant), linear.weight.dtype)
         self.bias = linear.bias
         self.train(linear.training)
 
     def hold(self, packed: Packed, stored: torch.dtype) -> None:
         """Take a packed weight, made from one of dtype `stored`, in the place of the present one."""
+        if self.kernel is not None and not packed.data.is_meta:
+            nf4_kernels.check(self.kernel, packed.data.device.type)
         self.block_size, self.double_quant, self.stored = packed.block_size, packed.outer is not None, stored
         self.weight = nn.Parameter(packed.data, requires_grad=False)
         for name in _STATISTICS:
@@ -63,14 +71,15 @@ class NF4Linear(nn.Linear):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """W as the numbers that its bits stand for, in `dtype` or that of the weight it was made from."""
-        return nf4_kernels.dequantize(self.packed, dtype or self.stored)
+        return nf4_kernels.dequantize(self.packed, dtype or self.stored, self.kernel)
 
     def forward(self, input: Tensor) -> Tensor:
-        y = nf4_kernels.multiply(input, self.packed)
+        y = nf4_kernels.multiply(input, self.packed, self.kernel)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, block_size={self.block_size}, bits={self.packed.bits:.3f}"
+        kernel = self.kernel or nf4_kernels.chosen(self.weight.device.type)
+        return f"{super().extra_repr()}, block_size={self.block_size}, bits={self.packed.bits:.3f}, kernel={kernel}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
         """Magnitudes move between devices and keep their dtype: a model cast to bfloat16 would round them for good."""
@@ -100,9 +109,12 @@ class NF4Linear(nn.Linear):
             destination[f"{prefix}weight.nested_quant_map"] = nf4.dynamic_levels(packed.data.device).clone()
             offset = packed.offset.item() if not packed.offset.is_meta else 0.0
             state |= {"nested_blocksize": nf4.OUTER, "nested_dtype": "float32", "nested_offset": offset}
-        destination[f"{prefix}{_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        destination[f"{prefix}{STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" not in state_dict:  # a checkpoint of adapters alone; torch says what is missing
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            return
         mine = {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}
         for key in KEYS[1:]:
             state_dict.pop(prefix + key, None)
@@ -116,17 +128,36 @@ class NF4Linear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def finite(weight: Tensor) -> bool:
+    """Whether no weight is NaN or infinite, by the extremes: several times as fast as asking each."""
+    return all(bool(extreme.isfinite()) for extreme in weight.aminmax())
+
+
+def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
+    """A finite weight in NF4, a piece after the other: what quantizing takes beside it does not grow with it."""
+    flat = weight.detach().flatten()
+    data = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-len(flat) // block_size), device=weight.device, dtype=torch.float32)
+    step = max(1, len(flat)) if weight.is_meta else _PIECE
+    for start in range(0, len(flat), step):
+        piece = nf4_kernels.quantize(flat[start : start + step], block_size, False)
+        data[start // 2 :][: len(piece.data)] = piece.data
+        absmax[start // block_size :][: len(piece.absmax)] = piece.absmax
+    packed = Packed(data, absmax, tuple(weight.shape), block_size)
+    return nf4.quantize_magnitudes(packed) if double_quant else packed
+
+
 def unpack(tensors: Mapping[str, Tensor], name: str) -> tuple[Packed, torch.dtype]:
     """(a weight, the dtype it was made from) of a checkpoint's tensors by their `KEYS`; `name` is for the errors.
 
     Raises CorruptFile where one is missing or does not fit the others, or where the numbers mean other levels.
     """
-    missing = [key for key in ("weight", "weight.absmax", _STATE) if key not in tensors]
+    missing = [key for key in ("weight", "weight.absmax", STATE) if key not in tensors]
     if missing:
         lost = " and ".join(key.replace("weight", name, 1) for key in missing)
         raise CorruptFile(f"{name} has no NF4 statistics beside it: {lost} is missing. Load an NF4 checkpoint.")
     try:
-        state = json.loads(bytes(tensors[_STATE].tolist()))
+        state = json.loads(bytes(tensors[STATE].tolist()))
         kind, shape, block_size = state["quant_type"], tuple(state["shape"]), int(state["blocksize"])
         nested, dtype = "nested_blocksize" in state, _DTYPES.get(state["dtype"])
         offset = torch.tensor(float(state["nested_offset"])) if nested else None
@@ -164,10 +195,10 @@ class NF4(Quantized):
         return _linear(owner).dense()
 
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
-        return nf4_kernels.multiply(x, _linear(owner).packed)
+        return nf4_kernels.multiply(x, _linear(owner).packed, _linear(owner).kernel)
 
     def packer(self, owner: nn.Module) -> Callable[[nn.Linear], nn.Module]:
-        how = _linear(owner).block_size, _linear(owner).packed.outer is not None
+        how = _linear(owner).block_size, _linear(owner).double_quant, _linear(owner).kernel
         return lambda plain: NF4Linear(plain, *how)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -45,8 +45,7 @@ class AdaLoRA(Method):
         rank_pattern: other numbers of triplets, by glob or `re:` regex over module paths; the scale stays.
 
     Cost:
-        rank · (in + out + 1) parameters a layer, and twice their memory while training; what is cut stays as zeros. The
-        trainer calls `Adapter.regularization`, and `Adapter.after_step` while gradients are there, as `train.fit` does.
+        rank · (in + out + 1) parameters a layer, twice their memory in training; see `veneer.train.AdapterCallback`.
 
     Merging:
         W' is stored, rounded once to the dtype of the weight.
@@ -75,6 +74,7 @@ class AdaLoRA(Method):
     orthogonality: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.5
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rank_pattern: Mapping[str, Steps] = field(default_factory=dict)
+    learning_rate: ClassVar[float] = 5e-3
 
     def build(self, place: Place) -> Delta:
         rank = place.choose(self.rank_pattern, self.initial_rank)

@@ -43,6 +43,7 @@ class BitFit(Method):
 
     unit: ClassVar[Unit] = "parameter"
     default_where: ClassVar[str] = "*"
+    learning_rate: ClassVar[float] = 2e-3
 
     def select(self, places: Sequence[Place]) -> Sequence[Place]:
         biases = [place for place in places if place.parameter.endswith("bias") and place.weight.dim() == 1]

@@ -65,6 +65,7 @@ class Compacter(Method):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     unit: ClassVar[Unit] = "sublayer"
     default_where: ClassVar[str] = "mlp"
+    learning_rate: ClassVar[float] = 2e-3
 
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         return Rules(places[0], self.terms)

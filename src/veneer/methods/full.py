@@ -60,6 +60,7 @@ class FullFineTuning(Method):
 
     unit: ClassVar[Unit] = "parameter"
     default_where: ClassVar[str] = "*"
+    learning_rate: ClassVar[float] = 2e-5
 
     def build(self, place: Place) -> Delta:
         stored = place.weight

@@ -82,6 +82,7 @@ class IA3(Method):
     feedforward: str = "mlp.down"
     inputs: bool = False
     default_where: ClassVar[str] = "attention.k | attention.v"
+    learning_rate: ClassVar[float] = 5e-3
 
     def build(self, place: Place) -> Delta:
         if place.functional:

@@ -53,6 +53,7 @@ class LayerNormTuning(Method):
 
     unit: ClassVar[Unit] = "parameter"
     default_where: ClassVar[str] = "*"
+    learning_rate: ClassVar[float] = 2e-3
 
     def select(self, places: Sequence[Place]) -> Sequence[Place]:
         norms = [place for place in places if _is_norm(place.owner)]

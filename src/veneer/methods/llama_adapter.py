@@ -83,6 +83,7 @@ class LLaMAAdapter(Method):
     layers: Count = 30
     unit: ClassVar[Unit] = "attention"
     default_where: ClassVar[str] = "attention"
+    learning_rate: ClassVar[float] = 5e-3
 
     def select(self, places: Sequence[Place]) -> Sequence[Place]:
         top = sorted({place.layer for place in places})[-self.layers :]

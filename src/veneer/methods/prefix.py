@@ -59,6 +59,7 @@ class PrefixTuning(Method):
     std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     unit: ClassVar[Unit] = "attention"
     default_where: ClassVar[str] = "attention"
+    learning_rate: ClassVar[float] = 5e-3
 
     def build(self, place: Place) -> Delta:
         if self.reparameterization:

@@ -51,6 +51,7 @@ class PromptTuning(Method):
     init: Literal["vocabulary", "random"] | Sequence[Annotated[int, Field(ge=0)]] = "vocabulary"
     unit: ClassVar[Unit] = "input"
     default_where: ClassVar[str] = "input"
+    learning_rate: ClassVar[float] = 5e-3
 
     def build(self, place: Place) -> Delta:
         check_stack(place)

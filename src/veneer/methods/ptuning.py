@@ -56,6 +56,7 @@ class PTuning(Method):
     layers: Count = 2
     unit: ClassVar[Unit] = "input"
     default_where: ClassVar[str] = "input"
+    learning_rate: ClassVar[float] = 2e-3
 
     def build(self, place: Place) -> Delta:
         check_stack(place)

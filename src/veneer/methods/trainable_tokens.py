@@ -78,6 +78,7 @@ class TrainableTokens(Method):
     tokens: Sequence[Annotated[int, Field(ge=0)]]
     unit: ClassVar[Unit] = "table"
     default_where: ClassVar[str] = "embedding"
+    learning_rate: ClassVar[float] = 2e-3
 
     def build(self, place: Place) -> Delta:
         if not self.tokens or len({*self.tokens}) < len(self.tokens):

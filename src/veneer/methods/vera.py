@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -52,6 +52,7 @@ class VeRA(Method):
     dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
     seed: int = 0
     save_projection: bool = True
+    learning_rate: ClassVar[float] = 5e-3
 
     def share(self, places: Sequence[Place]) -> nn.Module:
         for place in places:

@@ -57,11 +57,15 @@ class Packed:
     """The mean that was taken off the magnitudes."""
 
     @property
+    def size(self) -> int:
+        """Stored bytes."""
+        stored = [self.data, self.absmax, self.outer, self.offset]
+        return sum(t.numel() * t.element_size() for t in stored if t is not None)
+
+    @property
     def bits(self) -> float:
         """Stored bits a weight."""
-        stored = [self.data, self.absmax, self.outer, self.offset]
-        size = sum(t.numel() * t.element_size() for t in stored if t is not None)
-        return 8 * size / max(1, torch.Size(self.shape).numel())
+        return 8 * self.size / max(1, torch.Size(self.shape).numel())
 
 
 def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) -> Packed:
@@ -71,15 +75,19 @@ def quantize(weight: Tensor, block_size: int = 64, double_quant: bool = True) ->
     if len(codes) % 2:
         codes = torch.cat([codes, codes.new_full((1,), LEVELS.index(0.0))])
     data = (codes[::2] << 4 | codes[1::2]).unsqueeze(1)
-    if not double_quant:
-        return Packed(data, absmax, tuple(weight.shape), block_size)
-    offset = absmax.mean()
-    scaled, outer = _scaled(absmax - offset, OUTER)
+    packed = Packed(data, absmax, tuple(weight.shape), block_size)
+    return quantize_magnitudes(packed) if double_quant else packed
+
+
+def quantize_magnitudes(packed: Packed) -> Packed:
+    """The same with its float32 magnitudes in 8 bits: double quantization."""
+    offset = packed.absmax.mean()
+    scaled, outer = _scaled(packed.absmax - offset, OUTER)
     if scaled.device.type == "cpu":  # where bitsandbytes looks the number up in a table of 65,536 steps
         scaled = ((scaled + 1) * 32767.5 + 0.5).floor() / 65535 * 2 - 1
-    inner = _nearest(scaled, dynamic_levels(weight.device))
+    inner = _nearest(scaled, dynamic_levels(scaled.device))
     inner[(outer == 0).repeat_interleave(OUTER)[: len(inner)]] = 0  # as bitsandbytes; any level of nothing is nothing
-    return Packed(data, inner, tuple(weight.shape), block_size, outer, offset)
+    return Packed(packed.data, inner, packed.shape, packed.block_size, outer, offset)
 
 
 def _scaled(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -92,7 +100,12 @@ def _scaled(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def _nearest(scaled: Tensor, table: Tensor) -> Tensor:
     """The number of the nearest level of each value."""
-    return torch.bucketize(scaled, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return torch.bucketize(scaled, middles(table)).to(torch.uint8)
+
+
+def middles(table: Tensor) -> Tensor:
+    """Where the nearest level changes."""
+    return (table[1:] + table[:-1]) / 2
 
 
 def magnitudes(packed: Packed) -> Tensor:

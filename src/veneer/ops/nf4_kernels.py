@@ -1,29 +1,49 @@
 """The ways to make an NF4 weight dense, fastest first, and the product that never keeps one.
 
-| kernel         | where                                     |
-|----------------|-------------------------------------------|
-| `bitsandbytes` | its own operators, through `formats/`     |
-| `table`        | plain torch: one lookup for two values    |
-| `reference`    | plain torch: the specification            |
+| kernel         | where                                                       |
+|----------------|-------------------------------------------------------------|
+| `c`            | a CPU, where the package was built with a C compiler        |
+| `bitsandbytes` | its own operators where it is installed, through `formats/` |
+| `triton`       | CUDA, where Triton is installed                             |
+| `table`        | plain torch: one lookup for two values                      |
+| `reference`    | plain torch: the specification, in every dtype              |
 
-All give the same numbers as the reference, bit for bit in float32. The first that runs on a device is chosen for it
-once; `chosen` says which.
+All give the numbers of the reference. The first that a device has is taken for it: `chosen` says which. One that is
+asked for by name runs or raises, and so does the chosen one: a kernel that is there and fails is an error, not a reason
+to take the next.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from veneer.ops import nf4
+from veneer.errors import PlaceError
+from veneer.ops import nf4, nf4_cpu
 from veneer.ops.nf4 import Packed
 
-Kernel = Callable[[Packed, torch.dtype], Tensor]
+FAST = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of all kernels; float64 and integers are the reference's."""
+PIECE = 1 << 21
+"""How many values a thread makes dense at a time for a product: few enough to stay in a cache until they are used."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to make a weight dense."""
+
+    dequantize: Callable[[Packed, torch.dtype], Tensor]
+    missing: Callable[[str], str | None] = lambda device_type: None
+    """Why it cannot run on a kind of device; None where it can."""
+    tile: Callable[[Packed, range, range, Tensor], Tensor] | None = None
+    """Some rows and columns, whole blocks all of them, in given memory; None where it makes whole weights only."""
 
 
 def _table(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -40,44 +60,158 @@ def _pairs(device: torch.device) -> Tensor:
     return nf4.levels(device)[torch.stack([byte >> 4, byte & 15], 1)]
 
 
-KERNELS: dict[str, Kernel] = {"table": _table, "reference": nf4.dequantize}
-"""By name, the fastest first; `formats/nf4.py` puts bitsandbytes' in front."""
+def _triton(packed: Packed, dtype: torch.dtype) -> Tensor:
+    from veneer.ops import nf4_triton
+
+    return nf4_triton.dequantize(packed, dtype)
 
 
 @functools.cache
-def chosen(device_type: str) -> str:
-    """The name of the fastest kernel that runs on this kind of device."""
-    probe = nf4.quantize(torch.ones(2, 64, device=device_type))
-    for name, kernel in KERNELS.items():
-        try:
-            kernel(probe, torch.float32)
-        except (ImportError, NotImplementedError, RuntimeError):
-            continue
-        return name
-    raise AssertionError("the reference runs everywhere")
+def _no_triton(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return "it is for CUDA"
+    return None if find_spec("triton") else "Triton is not installed"
 
 
-def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
-    """The dense weight in `dtype`, by the chosen kernel; float64 and integer dtypes by the reference."""
-    fast = dtype in (torch.float32, torch.float16, torch.bfloat16)
-    name = chosen(packed.data.device.type) if fast and not packed.data.is_meta else "reference"
-    return KERNELS[name](packed, dtype)
+KERNELS = {
+    "c": Kernel(nf4_cpu.dequantize, nf4_cpu.missing, nf4_cpu.tile),
+    "triton": Kernel(_triton, _no_triton),
+    "table": Kernel(_table),
+    "reference": Kernel(nf4.dequantize),
+}
+"""By name, the fastest first; `formats/nf4.py` puts bitsandbytes' behind `c`."""
 
 
-class _Multiply(torch.autograd.Function):
-    """x·Wᵀ with W dense only while it is multiplied by: made once forward and once backward, never saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed) -> Tensor:
-        ctx.packed = packed
-        return F.linear(x, dequantize(packed, x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ dequantize(ctx.packed, gradient.dtype), None
+@functools.cache
+def chosen(device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The name of the fastest kernel for this kind of device and dtype."""
+    if dtype not in FAST or device_type == "meta":
+        return "reference"
+    return next(name for name, kernel in KERNELS.items() if kernel.missing(device_type) is None)
 
 
-def multiply(x: Tensor, packed: Packed) -> Tensor:
-    """x·Wᵀ, with gradients for x and no dense weight kept."""
-    product: Tensor = _Multiply.apply(x, packed)  # type: ignore[no-untyped-call]
+def named(name: str) -> Kernel:
+    """The kernel of that name; raises PlaceError where there is none."""
+    if name not in KERNELS:
+        raise PlaceError(
+            f"There is no NF4 kernel {name!r}. Choose one of {', '.join(KERNELS)}, or None for the fastest."
+        )
+    return KERNELS[name]
+
+
+def check(name: str, device_type: str, dtype: torch.dtype = torch.float32) -> Kernel:
+    """The kernel of that name; raises PlaceError where it cannot run."""
+    kernel = named(name)
+    reason = kernel.missing(device_type)
+    if reason is None and dtype not in FAST and name != "reference":
+        reason = f"it does not make {dtype}, which the reference does"
+    if reason is not None:
+        raise PlaceError(
+            f"The NF4 kernel {name!r}, which was asked for by name, cannot run on {device_type}: {reason}."
+        )
+    return kernel
+
+
+def _kernel(name: str | None, packed: Packed, dtype: torch.dtype) -> Kernel:
+    device_type = packed.data.device.type
+    return check(name or chosen(device_type, dtype), device_type, dtype)
+
+
+def quantize(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
+    """Pack a finite weight, in C where that was built."""
+    make = nf4.quantize if nf4_cpu.missing(weight.device.type) else nf4_cpu.quantize
+    return make(weight, block_size, double_quant)
+
+
+def dequantize(packed: Packed, dtype: torch.dtype, kernel: str | None = None) -> Tensor:
+    """The dense weight in `dtype`, by the chosen kernel or by the one that `kernel` names."""
+    dense: Tensor = _dequantize(*_parts(packed), dtype, kernel)
+    return dense
+
+
+def multiply(x: Tensor, packed: Packed, kernel: str | None = None) -> Tensor:
+    """x·Wᵀ, with gradients for x: W is made once forward and once backward, and nothing dense of it is kept."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype in FAST:
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # here, since W is made in the dtype that it is used in
+    product: Tensor = _product(x, *_parts(packed), kernel, False)
     return product
+
+
+# torch's operators, for torch.compile, which cannot look into a kernel and keeps one as a node of its graph
+
+_Parts = tuple[Tensor, Tensor, tuple[int, ...], int, Tensor | None, Tensor | None]
+
+
+def _parts(packed: Packed) -> _Parts:
+    return packed.data, packed.absmax, packed.shape, packed.block_size, packed.outer, packed.offset
+
+
+@torch.library.custom_op("veneer::nf4_dequantize", mutates_args=())
+def _dequantize(
+    data: Tensor,
+    absmax: Tensor,
+    shape: list[int],
+    block_size: int,
+    outer: Tensor | None,
+    offset: Tensor | None,
+    dtype: torch.dtype,
+    kernel: str | None,
+) -> Tensor:
+    packed = Packed(data, absmax, tuple(shape), block_size, outer, offset)
+    return _kernel(kernel, packed, dtype).dequantize(packed, dtype)
+
+
+@_dequantize.register_fake
+def _(data: Tensor, absmax: Tensor, shape: list[int], *rest: Any) -> Tensor:
+    return data.new_empty(shape, dtype=rest[-2])
+
+
+@torch.library.custom_op("veneer::nf4_product", mutates_args=())
+def _product(
+    x: Tensor,
+    data: Tensor,
+    absmax: Tensor,
+    shape: list[int],
+    block_size: int,
+    outer: Tensor | None,
+    offset: Tensor | None,
+    kernel: str | None,
+    transposed: bool,
+) -> Tensor:
+    packed = Packed(data, absmax, tuple(shape), block_size, outer, offset)
+    pieces = _pieces(packed, x.dtype, _kernel(kernel, packed, x.dtype), transposed)
+    products = [x @ piece if transposed else F.linear(x, piece) for piece in pieces]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+@_product.register_fake
+def _(x: Tensor, data: Tensor, absmax: Tensor, shape: list[int], *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], shape[rest[-1]])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.packed = inputs[1:-1]  # not saved_tensors: they are the layer's and do not change
+    ctx.transposed = not inputs[-1]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _product(gradient, *ctx.packed, ctx.transposed), *[None] * (len(ctx.packed) + 1)
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+def _pieces(packed: Packed, dtype: torch.dtype, kernel: Kernel, columns: bool) -> Iterator[Tensor]:
+    """W, a few of its rows or columns after the other, each a whole row's or column's answer of the product."""
+    if kernel.tile is None or packed.shape[1] % packed.block_size:
+        yield kernel.dequantize(packed, dtype)
+        return
+    height, width = packed.shape
+    unit, other = (packed.block_size, height) if columns else (1, width)
+    size = max(1, PIECE * torch.get_num_threads() // (unit * other)) * unit
+    memory = packed.data.new_empty(size * other, dtype=dtype)  # the same for all: new pages take longer than the work
+    for start in range(0, width if columns else height, size):
+        if columns:
+            yield kernel.tile(packed, range(height), range(start, min(start + size, width)), memory)
+        else:
+            yield kernel.tile(packed, range(start, min(start + size, height)), range(width), memory)

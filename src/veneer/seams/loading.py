@@ -8,15 +8,16 @@ already is read the same way: its statistics are gathered by bitsandbytes' keys.
 from __future__ import annotations
 
 import copy
-import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, modeling_utils
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,13 +26,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from veneer import files
 from veneer.errors import CorruptFile, FileError, PlaceError, VeneerError, WrongModel, listed
 from veneer.formats import nf4
 from veneer.formats.nf4 import NF4Linear
-from veneer.ops import nf4 as ops
 from veneer.ops.nf4 import Packed
-from veneer.seams.transformers import head, note_quantized
+from veneer.seams.transformers import head, note_quantized, save_language_model
 
 _NAME = "veneer_nf4"
 
@@ -71,8 +70,7 @@ class _Config(QuantizationConfigMixin):
 
     quant_method: Any = _NAME
     paths: Sequence[str] = ()
-    block_size: int = 64
-    double_quant: bool = True
+    packing: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Stop(BaseException):
@@ -99,13 +97,13 @@ class _Pack(ConversionOps):
         shape = (layer.out_features, layer.in_features)
         if tuple(weight.shape) != shape:
             raise _Stop(WrongModel(f"{name} is {list(weight.shape)} in the checkpoint, not {list(shape)}."))
-        if not weight.isfinite().all():
+        if not nf4.finite(weight):
             raise _Stop(
                 PlaceError(
                     f"{path} has weights that are not finite, which no level can stand for. Mend the checkpoint."
                 )
             )
-        packed = ops.quantize(weight, layer.block_size, layer.double_quant)
+        packed = nf4.pack(weight, layer.block_size, layer.double_quant)
         return self.hf_quantizer.keep(path, packed, weight.dtype)
 
 
@@ -153,7 +151,7 @@ class _Quantizer(HfQuantizer):
         self.waiting = {}
         for path in self.quantization_config.paths:
             linear: Any = model.get_submodule(path)
-            layer = NF4Linear(linear, self.quantization_config.block_size, self.quantization_config.double_quant)
+            layer = NF4Linear(linear, **self.quantization_config.packing)
             layer.wait()
             vars(layer)["_is_hf_initialized"] = True  # else a weight that the checkpoint lacks would be drawn at random
             parent, _, name = path.rpartition(".")
@@ -211,7 +209,7 @@ def load(
 ) -> nn.Module:
     """A model whose linears at `paths` are packed as they are read; None: the checkpoint is in NF4 already.
 
-    `packing` has the `block_size` and `double_quant`.
+    `packing` is how: `block_size`, `double_quant` and `kernel`.
     """
     config = copy.deepcopy(config)
     stored = quantization(config) or {}
@@ -219,7 +217,7 @@ def load(
     if paths is None:
         config.quantization_config = {"quant_method": _NAME}
     else:
-        wanted["quantization_config"] = _Config(paths=paths, **packing)
+        wanted["quantization_config"] = _Config(paths=paths, packing=packing)
     try:
         with _pages_are_let_go():
             model, report = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted)
@@ -240,11 +238,23 @@ def load(
     return model  # type: ignore[no-any-return]
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write a model with NF4 linears as transformers does, into a folder that appears when it is whole."""
+def save(model: Any, folder: Path, source: str | None = None) -> None:
+    """Write a model with NF4 linears, and the tokenizer of its source, into a folder that appears when it is whole."""
     note_quantized(model)
-    with files.appearing(folder) as partial:
-        model.save_pretrained(partial, save_original_format=not _fused_in_files(model))
+    save_language_model(model, source, folder, as_read=not _fused_in_files(model))
+
+
+def stored_bits(folder: Path) -> tuple[int, float] | None:
+    """(weights in NF4, bits that each takes) of a folder's safetensors; None where it has none in NF4."""
+    weights = size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+            for name in (key.removesuffix(nf4.STATE) for key in keys if key.endswith(f".{nf4.STATE}")):
+                packed, _ = nf4.unpack({k: file.get_tensor(name + k) for k in nf4.KEYS if name + k in keys}, name)
+                weights += math.prod(packed.shape)
+                size += packed.size
+    return (weights, 8 * size / weights) if weights else None
 
 
 def _fused_in_files(model: Any) -> bool:
@@ -278,7 +288,7 @@ def _pages_are_let_go() -> Iterator[None]:
     """Within, checkpoints are read, not mapped: a mapped file's pages stay in the process until it is closed."""
     names = vars(modeling_utils)
     original = names["safe_open"]
-    names["safe_open"] = functools.partial(original, backend="pread")
+    names["safe_open"] = lambda *args, **options: original(*args, **{**options, "backend": "pread"})
     try:
         yield
     finally:

@@ -232,12 +232,17 @@ def language_model(name: str) -> nn.Module:
     return model
 
 
-def save_language_model(model: Any, source: str, folder: Path) -> None:
-    """Write a model, with the tokenizer of its source where it has one, into a folder that appears when it is whole."""
+def save_language_model(model: Any, source: str | None, folder: Path, as_read: bool = True) -> None:
+    """Write a model, with the tokenizer of its source where it has one, into a folder that appears when it is whole.
+
+    `as_read` joins and cuts weights for the file as the models of this kind have them there.
+    """
     from transformers import AutoTokenizer
 
     with files.appearing(folder) as partial:
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, save_original_format=as_read)
+        if source is None:
+            return
         try:
             AutoTokenizer.from_pretrained(source).save_pretrained(partial)
         except (OSError, ValueError) as error:

@@ -1,18 +1,31 @@
-"""From pairs of prompt and answer to a trained adapter, with transformers' Trainer doing the training.
+"""Training: a recipe from end to end (`veneer.train("recipe.yaml")`), and what its parts are for by themselves.
 
-rows = [encode(tokenizer, Example(prompt, answer)) for prompt, answer in pairs]
-collator = Collator.of(model, tokenizer)
-history = fit(model, adapter, rows, collator, Recipe(steps=100))
-print(held_out_loss(model, others, collator))
+    result = veneer.train({"model": "my-model", "method": "LoRA", "data": "chats.jsonl", "output": "runs/first"})
+    print(result.metrics, result.adapter)
+
+This package is called as a function; it is `veneer.train.run.train`. For a Trainer or a loop of one's own there are
+`AdapterCallback` and `save_adapters_only`; the demo's `fit` trains on pairs of prompt and answer.
 """
 
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from veneer.train.accelerating import save_adapters_only
 from veneer.train.batch import Collator
+from veneer.train.callback import AdapterCallback
 from veneer.train.encoding import Encoded, Example, encode, encode_prompt
 from veneer.train.evaluate import answer_logits, chrf, held_out_loss, write
 from veneer.train.fit import Recipe, fit
 from veneer.train.progress import History
 
+if TYPE_CHECKING:
+    from veneer.train.run import Result
+
 __all__ = [
+    "AdapterCallback",
     "Collator",
     "Encoded",
     "Example",
@@ -24,5 +37,19 @@ __all__ = [
     "encode_prompt",
     "fit",
     "held_out_loss",
+    "save_adapters_only",
     "write",
 ]
+
+
+class _Callable(ModuleType):
+    def __call__(
+        self, recipe: Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), **options: Any
+    ) -> "Result":
+        """Run a recipe; see `veneer.train.run.train`."""
+        from veneer.train.run import train
+
+        return train(recipe, overrides, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -17,9 +17,15 @@ def draw(history: History, path: Path) -> None:
     steps, losses = [step for step, _ in history.training], [loss for _, loss in history.training]
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="training, each batch")
     axes.plot(steps, smoothed(losses), color="tab:blue", label="training, smoothed")
-    axes.plot(*zip(*history.held_out, strict=True), color="tab:orange", marker="o", label="held out")
+    if history.held_out:
+        axes.plot(*zip(*history.held_out, strict=True), color="tab:orange", marker="o", label="held out")
+    if history.rates:
+        other = axes.twinx()
+        other.plot(*zip(*history.rates, strict=True), color="tab:gray", linestyle=":", linewidth=1)
+        other.set_ylabel("learning rate (dotted)")
+        other.set_ylim(bottom=0)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per answer token)")
+    axes.set_ylabel("loss (nats)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()

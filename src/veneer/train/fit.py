@@ -11,36 +11,29 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
+import veneer
 from veneer import Adapter
 from veneer.train.batch import Collator
+from veneer.train.callback import AdapterCallback
 from veneer.train.encoding import Encoded
 from veneer.train.progress import History, Watch
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long to train, and how fast."""
+    """How long to train, and how fast; `optimizer` is a name that `veneer.optimizer` knows."""
 
     steps: int
     batch_size: int = 16
     learning_rate: float = 1e-3
     warmup_steps: int = 5
     seed: int = 0
+    optimizer: str = "adamw"
 
 
 def fit(
@@ -59,50 +52,20 @@ def fit(
     `probe` is a held-out loss to measure after the steps in `probe_at`.
     """
     watch = Watch(console or Console(stderr=True), probe, probe_at)
-    optimizer = torch.optim.AdamW(adapter.parameter_groups(lr=recipe.learning_rate), weight_decay=0.0)
+    optimizer = veneer.optimizer(adapter, recipe.optimizer, lr=recipe.learning_rate, weight_decay=0.0)
     with tempfile.TemporaryDirectory() as scratch, watch.bar:
-        trainer = _Trainer(
-            adapter,
+        trainer = Trainer(
             model=model,
             args=_arguments(recipe, scratch),
             data_collator=collator,
             train_dataset=list(rows),
             optimizers=(optimizer, None),
-            callbacks=[_Schedule(adapter), watch],
+            callbacks=[AdapterCallback(adapter), watch],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     return watch.history
-
-
-class _Trainer(Trainer):
-    """transformers' Trainer with the terms that the adapter's methods add to the loss."""
-
-    def __init__(self, adapter: Adapter, **options: Any) -> None:
-        super().__init__(**options)
-        self.adapter = adapter
-
-    def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        found = super().compute_loss(model, *args, **kwargs)
-        term = self.adapter.regularization() if model.training else None
-        if term is None:
-            return found
-        loss: Tensor = found[0] if isinstance(found, tuple) else found
-        loss = loss + term.to(loss.device, loss.dtype)
-        return (loss, *found[1:]) if isinstance(found, tuple) else loss
-
-
-class _Schedule(TrainerCallback):
-    """Tells the adapter's methods of each step while its gradients are still there."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.adapter.after_step(state.global_step + 1)
 
 
 def _arguments(recipe: Recipe, scratch: str) -> TrainingArguments:

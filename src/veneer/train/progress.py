@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +11,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from veneer.train.machine import device, peak_bytes
+
 LINES = 10
 """How many plain lines are written where there is no terminal to draw a bar on."""
 
 
 @dataclass
 class History:
-    """What happened during training: (step, loss) of each batch and of the held-out examples, and the speed."""
+    """What happened during training: (step, loss) of each batch and of the held-out examples, rates, and the speed."""
 
     training: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
+
+    @classmethod
+    def of(cls, log: Sequence[dict[str, float]], before: float | None) -> History:
+        """From a Trainer's log; `before` is the held-out loss of the base."""
+        start = [] if before is None else [(0, before)]
+        return cls(
+            [(int(entry["step"]), entry["loss"]) for entry in log if "loss" in entry],
+            start + [(int(entry["step"]), entry["eval_loss"]) for entry in log if "eval_loss" in entry],
+            [(int(entry["step"]), entry["learning_rate"]) for entry in log if "learning_rate" in entry],
+        )
 
     @property
     def tokens_per_second(self) -> float:
@@ -48,14 +61,18 @@ class Watch(TrainerCallback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s  time left"),
+            TextColumn(
+                "loss {task.fields[loss]:.3f}  {task.fields[memory]:.1f} GiB  "
+                "{task.fields[speed]:,.0f} tokens/s  time left"
+            ),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             auto_refresh=False,  # drawn at each step, which needs no thread of its own
         )
-        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0)
+        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0)
         self.started = 0.0
+        self.first = (0, 0)
         self.paused = 0.0
 
     def on_train_begin(
@@ -63,6 +80,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """Starts the clock."""
         self.started = time.perf_counter()
+        self.first = state.global_step, int(state.num_input_tokens_seen)  # of a run that goes on, what was done before
         self.bar.reset(self.task, total=state.max_steps)
 
     def on_log(
@@ -78,7 +96,7 @@ class Watch(TrainerCallback):
             return
         history, step = self.history, state.global_step
         history.training.append((step, logs["loss"]))
-        history.tokens = int(state.num_input_tokens_seen)
+        history.tokens = int(state.num_input_tokens_seen) - self.first[1]
         history.seconds = time.perf_counter() - self.started - self.paused
         self._show(step, state.max_steps, logs["loss"])
         if self.probe is not None and step in self.probe_at:
@@ -87,11 +105,14 @@ class Watch(TrainerCallback):
             self.paused += time.perf_counter() - before
 
     def _show(self, step: int, steps: int, loss: float) -> None:
-        history = self.history
+        history, memory = self.history, peak_bytes(device()) / 2**30
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=step, loss=loss, speed=history.tokens_per_second, refresh=True)
+            self.bar.update(
+                self.task, completed=step, loss=loss, speed=history.tokens_per_second, memory=memory, refresh=True
+            )
         elif step % max(1, steps // LINES) == 0 or step == steps:
-            left = history.seconds / step * (steps - step)
+            left = history.seconds / (step - self.first[0]) * (steps - step)
             self.console.print(
-                f"step {step}/{steps}  loss {loss:.3f}  {history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
+                f"step {step}/{steps}  loss {loss:.3f}  {memory:.1f} GiB  "
+                f"{history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
             )

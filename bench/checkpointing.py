@@ -1,0 +1,87 @@
+"""What does recomputing activations save, and what does backward below the lowest adapter cost?
+
+    .venv/bin/python bench/checkpointing.py
+
+One forward and backward of a Llama with LoRA in all blocks or in the upper quarter: without checkpointing, with
+transformers' `activation_checkpointing_enable` alone, and with `veneer.checkpoint_activations`. Each runs in a process
+of its own; memory is the growth of its highest resident size (VmHWM, reset when the model is there), time the least of
+the steps, by the clock and of the processor. Prints a table; the figures of a named machine are kept in bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+
+STEPS = 2
+LAYERS = 16
+ROWS, TOKENS = 4, 512
+WHERE = {"all blocks": "linear", "upper quarter": " | ".join(f"model.layers.{n}.*_proj" for n in range(12, LAYERS))}
+WAYS = {
+    "none": lambda model: None,
+    "transformers": lambda model: model.activation_checkpointing_enable(),
+    "veneer": veneer.checkpoint_activations,
+}
+
+
+def status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def measure(where: str, way: str) -> dict[str, float]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": LAYERS, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=1024, **sizes)).train()
+    veneer.attach(model, veneer.LoRA(rank=8), where=WHERE[where])
+    WAYS[way](model)
+    ids = torch.randint(0, 1024, (ROWS, TOKENS))
+    model(input_ids=ids[:1, :8], labels=ids[:1, :8], use_cache=False).loss.backward()  # so that all code is loaded
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before, seconds, cpu = status("VmHWM"), [], []
+    for _ in range(STEPS):
+        start, busy = time.perf_counter(), time.process_time()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - busy)
+    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "cpu": min(cpu)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs=2, metavar=("WHERE", "WAY"), help="measure one, in this process")
+    asked = parser.parse_args()
+    if asked.only:
+        print(json.dumps(measure(*asked.only)))
+        return
+    table = Table("LoRA in", "checkpointing", "memory MiB", "step s", "CPU s", "CPU / none")
+    for where in WHERE:
+        plain = 0.0
+        for way in WAYS:
+            ran = subprocess.run(
+                [sys.executable, __file__, "--only", where, way], capture_output=True, text=True, check=True
+            )
+            found = json.loads(ran.stdout.splitlines()[-1])
+            plain = plain or found["cpu"]
+            times = (found["seconds"], found["cpu"], found["cpu"] / plain)
+            table.add_row(where, way, f"{found['memory'] / 2**20:.0f}", *(f"{each:.2f}" for each in times))
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, one thread"
+    Console().print(f"{LAYERS} blocks of width 512, {ROWS} rows of {TOKENS} tokens, float32; {versions}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What does training on a four-bit base cost in accuracy, memory and time? LoRA on MiniLM stored in six ways.
+
+    .venv/bin/python bench/qlora.py [--quick] [--steps 60] [--seeds 1]
+
+The linears of the blocks are stored in float32, in Veneer's NF4 (with and without double quantization), in
+bitsandbytes' FP4, and rounded to int4; LoftQ starts LoRA from what NF4 lost. All see the same sentences from the same
+start. The error is |W - Q| / |W| in the Frobenius norm, the mean over the linears. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import bitsandbytes
+import torch
+import transformers
+from reviews import BATCH, HEAD, HELD_OUT, Run, Task
+from torch import Tensor, nn
+
+import veneer
+from veneer import formats
+from veneer.train.machine import fitting_threads
+
+STEPS, LONGEST, LR, BLOCK = 60, 32, 2e-3, 64
+
+
+def nf4(model: Any) -> Any:
+    return veneer.quantize(model, veneer.NF4(BLOCK, double_quant=False))
+
+
+def nf4_double(model: Any) -> Any:
+    return veneer.quantize(model, veneer.NF4(BLOCK))
+
+
+def fp4(model: Any) -> Any:
+    for path, linear in linears(model).items():
+        packed = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, compute_dtype=torch.float32, compress_statistics=False,
+            quant_type="fp4",
+        )  # fmt: skip
+        packed.load_state_dict(linear.state_dict())
+        model.set_submodule(path, packed.to("cpu"))
+    return model
+
+
+class Int4(nn.Linear):
+    """A linear rounded to fifteen evenly spaced numbers a block; they are kept dense, and only their bytes reckoned."""
+
+
+@torch.no_grad()
+def int4(model: Any) -> Any:
+    for linear in linears(model).values():
+        blocks = linear.weight.view(-1, BLOCK)
+        step = blocks.abs().amax(1, keepdim=True) / 7
+        linear.weight.copy_(((blocks / step).round() * step).view_as(linear.weight))
+        linear.__class__ = Int4
+    return model
+
+
+BASES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "float32": (lambda model: model, "kaiming"),
+    "NF4": (nf4, "kaiming"),
+    "NF4, double quantization": (nf4_double, "kaiming"),
+    "NF4, double quantization, LoftQ": (nf4_double, "loftq"),
+    "FP4 (bitsandbytes)": (fp4, "kaiming"),
+    "int4": (int4, "kaiming"),
+}
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--seeds", type=int, default=1, help="how many orders of the sentences, and starts of LoRA")
+    parser.add_argument("--quick", action="store_true", help="a few steps of short sentences")
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with fitting_threads():
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """One row a way to store the base."""
+    steps = options.steps or (4 if options.quick else STEPS)
+    tasks = [
+        Task(steps, 100 if options.quick else HELD_OUT, 16 if options.quick else LONGEST, seed)
+        for seed in range(options.seeds)
+    ]
+    dense = {path: linear.weight for path, linear in linears(tasks[0].model()).items()}
+    numbers = sum(weight.numel() for weight in dense.values())
+    others = sum(4 * p.numel() for p in tasks[0].model().parameters()) - 4 * numbers
+    print(f"{len(dense)} linears of {numbers:,} weights; {steps} steps of {BATCH}; {options.seeds} seeds.\n")
+    print("| base | error | bits a weight | MB of the model | before | after | CPU ms a step |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, (store, start) in BASES.items():
+        model = store(tasks[0].model())
+        error = fmean(lost(weight, model.get_submodule(path)) for path, weight in dense.items())
+        packed = sum(stored(model.get_submodule(path)) for path in dense)
+        befores, afters, seconds = zip(*(one(task, store, start) for task in tasks), strict=True)
+        print(
+            f"| {name} | {error:.4f} | {8 * packed / numbers:.3f} | {(packed + others) / 1e6:.1f} | "
+            f"{fmean(befores):.3f} | {fmean(afters):.3f} ({', '.join(f'{a:.3f}' for a in afters)}) | "
+            f"{1000 * fmean(seconds) / steps:.0f} |",
+            flush=True,
+        )
+
+
+def one(task: Task, store: Callable[[Any], Any], start: Any) -> tuple[float, float, float]:
+    """Held-out accuracy before and after training, and the CPU seconds between."""
+    model = store(task.model())
+    adapter = veneer.attach(model, veneer.LoRA(rank=8, init=start), also_train=HEAD)
+    if start == "loftq":
+        veneer.calibrate(model, adapter, task.model())
+    before = task.judge(model, task.held_out).right.float().mean().item()
+    run = Run(model, adapter, LR, task.training).until(len(task.training))
+    return before, task.judge(model, task.held_out).right.float().mean().item(), run.seconds
+
+
+def linears(model: Any) -> dict[str, nn.Linear]:
+    """The linears of the blocks by path."""
+    found = model.bert.encoder.named_modules(prefix="bert.encoder")
+    return {path: module for path, module in found if isinstance(module, nn.Linear)}
+
+
+def lost(weight: Tensor, module: nn.Module) -> float:
+    """|W - Q| / |W|."""
+    form = formats.of(module)
+    assert form is not None
+    return ((form.read(module, "weight") - weight).norm() / weight.norm()).item()
+
+
+def stored(module: Any) -> float:
+    """The bytes that a weight takes, its statistics with it."""
+    if isinstance(module, Int4):
+        return module.weight.numel() * (0.5 + 4 / BLOCK)
+    state = module.weight.__dict__.get("quant_state")
+    statistics = [] if state is None else [state.absmax, state.code]
+    return sum(t.numel() * t.element_size() for t in (module.weight.data, *module.buffers(), *statistics))
+
+
+if __name__ == "__main__":
+    main()

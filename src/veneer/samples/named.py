@@ -1,0 +1,59 @@
+"""Samples by the names that recipes call them: models as folders, rows as files, made on first use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from veneer.errors import MissingSample, closest
+from veneer.samples import minilm, sentiment, smollm2, verses, whole
+
+PREFIX = "sample:"
+SYSTEM = "Rewrite in modern English."
+WORDS = 20
+"""The longest King James verse among the rows: a third of all are as short, and a minute goes further on them."""
+
+
+def located(name: str) -> str:
+    """The path behind `sample:...`, or the text itself where it is something else; MissingSample for an unknown one."""
+    if not name.startswith(PREFIX):
+        return name
+    if name not in _SAMPLES:
+        near = closest(name, _SAMPLES) or f" There are: {', '.join(_SAMPLES)}."
+        raise MissingSample(f"{name} is no sample of Veneer's.{near}")
+    return str(_SAMPLES[name]())
+
+
+def _rows(file: str, make: Callable[[], Iterable[dict[str, Any]]]) -> Callable[[], Path]:
+    def path() -> Path:
+        def fill(folder: Path) -> None:
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
+            (folder / file).write_text(text, encoding="utf-8")
+
+        return whole.cached(f"rows-1-{file.removesuffix('.jsonl')}", fill) / file
+
+    return path
+
+
+def _reviews() -> Iterable[dict[str, Any]]:
+    sentences, _ = sentiment.load(0)
+    return ({"text": one.text, "label": "positive" if one.positive else "negative"} for one in sentences)
+
+
+def _verses(held_out: bool) -> Iterable[dict[str, Any]]:
+    split = verses.split(0)
+    for verse in split.held_out if held_out else split.train:
+        if len(verse.source.split()) <= WORDS:
+            turns = (("system", SYSTEM), ("user", verse.source), ("assistant", verse.target))
+            yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+_SAMPLES: dict[str, Callable[[], Path]] = {
+    "sample:smollm2": smollm2.folder,
+    "sample:minilm": minilm.folder,
+    "sample:film-reviews": _rows("film-reviews.jsonl", _reviews),
+    "sample:verses": _rows("verses.jsonl", lambda: _verses(held_out=False)),
+    "sample:verses-held-out": _rows("verses-held-out.jsonl", lambda: _verses(held_out=True)),
+}

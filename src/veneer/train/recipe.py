@@ -1,0 +1,361 @@
+"""A recipe: what to train, on what, how, and where the result goes. Five lines of YAML are enough.
+
+    model: sample:smollm2
+    method: LoRA
+    data: conversations.jsonl
+    training: {epochs: 1}
+    output: runs/first
+
+Every option changes the run or is refused. What is missing, misspelt or impossible is said all at once, each with its
+line and the nearest name. `resolved` gives back the recipe with nothing left open, which repeats the run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from veneer import methods
+from veneer.delta import Method
+from veneer.errors import MethodError, RecipeError, closest
+from veneer.train import lines
+from veneer.train.data import Data
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+ORDER = ("model", "method", "data", "training", "evaluation", "output", "record")
+
+
+class Section(BaseModel):
+    """A part of a recipe. `short` names the option that a bare value stands for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    short: ClassVar[str] = ""
+
+
+class Model(Section):
+    """The frozen base.
+
+    name: a transformers folder, a Hub id, or sample:smollm2, sample:minilm for one that Veneer brings.
+    revision: of a Hub id.
+    dtype: of the base's weights; "auto" is as they are stored. Adapters are float32.
+    quantization: "nf4" stores the linears of the blocks in four bits.
+    """
+
+    short: ClassVar[str] = "name"
+    name: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Literal["nf4"] | None = None
+
+
+class Training(Section):
+    """How long, how fast, and what is kept.
+
+    epochs, steps: one of the two; 3 epochs where neither is named.
+    learning_rate: the peak, with AdamW; the method's own where none is named.
+    schedule: what follows the warm-up. warmup: the share of all steps in which the rate rises from zero.
+    batch_size: examples of one optimizer step.
+    micro_batch_size: examples that are computed at once; the rest is accumulated. "auto" is all of them, and half as
+        many each time the memory does not hold them.
+    group_by_length: batches of examples that are about as long, so that little is padding; where their lengths are
+    known, unless it is false.
+    gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+    max_grad_norm: longer gradients are cut to it. lora_plus_ratio: B learns so many times faster than A (LoRA+).
+    checkpoint_every: optimizer steps between checkpoints; ten a run where nothing is named. keep_checkpoints: the last.
+    trackers: who is told of loss and rate while it runs.
+    seed: chooses the start of the adapter, held-out rows, order and dropout.
+    """
+
+    epochs: Positive | None = None
+    steps: Count | None = None
+    learning_rate: Positive | None = None
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    batch_size: Count = 16
+    micro_batch_size: Count | Literal["auto"] = "auto"
+    group_by_length: bool | None = None
+    gradient_checkpointing: bool = False
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Positive = 1.0
+    lora_plus_ratio: Positive | None = None
+    checkpoint_every: Count | None = None
+    keep_checkpoints: Count = 2
+    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Training:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps say the same thing twice; keep one")
+        if isinstance(self.micro_batch_size, int) and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; an optimizer "
+                "step is made of whole micro-batches"
+            )
+        return self
+
+
+class Evaluation(Section):
+    """What is measured on the held-out rows, and when. Loss always is; so are accuracy and macro F1 of classes.
+
+    every: optimizer steps between two evaluations; ten a run where nothing is named.
+    patience: stop after so many evaluations without a lower loss (early stopping).
+    keep: the adapter at the end is the last one, or the one with the lowest held-out loss.
+    metrics: of written answers, which takes time: chrF (0 to 100) and the share that equals the reference.
+    max_new_tokens: how long such an answer may be. limit: how many held-out rows are answered.
+    """
+
+    every: Count | None = None
+    patience: Count | None = None
+    keep: Literal["last", "best"] = "last"
+    metrics: list[Literal["chrf", "exact_match"]] = []
+    max_new_tokens: Count = 64
+    limit: Count = 100
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Evaluation:
+        idle = {"max_new_tokens", "limit"} & self.model_fields_set
+        if idle and not self.metrics:
+            raise ValueError(f"{' and '.join(sorted(idle))} without metrics changes nothing; name metrics, or leave it")
+        return self
+
+
+class Record(Section):
+    """What a finished run was made with. Data that are no longer the same are refused, other versions are told."""
+
+    versions: dict[str, str]
+    git: str | None = None
+    data_fingerprint: str
+    task: str
+    labels: list[str] | None = None
+    steps: int
+
+
+def _trainable(cls: type[Method]) -> bool:
+    """Whether a method's options can be written down; methods made of methods are for Python."""
+    return not any("Method" in str(hint) for hint in get_type_hints(cls, include_extras=True).values())
+
+
+@cache
+def method_options() -> dict[str, type[Section]]:
+    """The options of each method as a section, read off its dataclass, with `where` beside them."""
+    found = {}
+    for name in methods.__all__:
+        cls = vars(methods)[name]
+        if not _trainable(cls):
+            continue
+        hints = get_type_hints(cls, include_extras=True)
+        options: dict[str, Any] = {"where": (str | None, None)}
+        for field in dataclasses.fields(cls):
+            if field.default is not dataclasses.MISSING:
+                default: Any = field.default
+            elif field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            else:
+                default = ...
+            options[field.name] = (hints[field.name], default)
+        summary = (cls.__doc__ or "").split("\n")[0]
+        found[name] = create_model(name, __base__=Section, __doc__=summary, **options)
+    return found
+
+
+@cache
+def _methods() -> type[Section]:
+    options: dict[str, Any] = {name: (cls | None, None) for name, cls in method_options().items()}
+    return create_model("Methods", __base__=Section, __doc__="One method or several, each with its options.", **options)
+
+
+class Recipe(Section):
+    """A whole recipe; `read` makes it from YAML, so that errors have lines."""
+
+    model: Model
+    method: Any
+    data: Data
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    output: Annotated[str, Field(min_length=1)]
+    record: Record | None = None
+
+    def methods(self) -> Mapping[str, Method | tuple[Method, ...]]:
+        """`where` -> methods, as `veneer.attach` takes them."""
+        found: dict[str, tuple[Method, ...]] = {}
+        for method, where in _built(self.method):
+            where = method.default_where if where is None else where
+            found[where] = (*found.get(where, ()), method)
+        return found
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the recipe's, or the lowest that one of its methods likes."""
+        return self.training.learning_rate or min(method.learning_rate for method, _ in _built(self.method))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, nothing left open but what was left to the run."""
+        found = self.model_dump(mode="json", exclude_none=True, exclude={"method", "data"})
+        found["method"] = {
+            name: _plain_options(section) for name in _methods().model_fields if (section := vars(self.method)[name])
+        }
+        found["data"] = self.data.model_dump(
+            mode="json", exclude_unset=True, exclude_none=True
+        )  # it minds what is told
+        if not self.evaluation.metrics:
+            found["evaluation"] = {"keep": self.evaluation.keep} | {
+                key: value for key, value in found["evaluation"].items() if key in ("every", "patience")
+            }
+        return {name: found[name] for name in ORDER if name in found}
+
+    def yaml(self) -> str:
+        """As `read` takes it."""
+        return yaml.safe_dump(json.loads(json.dumps(self.as_dict())), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _plain_options(section: Section) -> dict[str, Any]:
+    return {key: value for key, value in json.loads(section.model_dump_json()).items() if value is not None}
+
+
+@cache
+def _whole() -> type[Recipe]:
+    """The recipe with the section of methods in place, which exists once all methods are imported."""
+    return create_model("Recipe", __base__=Recipe, method=(_methods(), ...))
+
+
+def _built(section: Section) -> list[tuple[Method, str | None]]:
+    found = []
+    for name in type(section).model_fields:
+        options = vars(section)[name]
+        if options is not None:
+            found.append((_method(name, options), options.where))
+    return found
+
+
+def _method(name: str, options: Section) -> Method:
+    own = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(options).items()}
+    del own["where"]
+    built: Method = vars(methods)[name](**own)
+    return built
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, with the short forms that `read` takes; docs/recipe.schema.json holds it."""
+    found = _whole().model_json_schema()
+    properties, names = found["properties"], sorted(method_options())
+    properties["model"] = {"anyOf": [{"type": "string"}, properties["model"]]}
+    properties["method"] = {"anyOf": [{"enum": names}, properties["method"]]}
+    texts = {"type": "array", "items": {"type": "string"}}
+    properties["data"] = {"anyOf": [{"type": "string"}, texts, properties["data"]]}
+    found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return found
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, with `key=value` on top; RecipeError with a line for each mistake."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as a recipe: {error}. See: veneer recipes list") from None
+    recipe = read(text, str(path), overrides)
+    return recipe.model_copy(update={"data": recipe.data.below(Path(path).parent)})
+
+
+def read(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a text, with `key=value` on top; RecipeError with a line for each mistake."""
+    found = lines.read(text, name)
+    problems = []
+    _lengthen(found.data)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            problems.append(f"'{override}' is no key=value, such as training.learning_rate=1e-4.")
+            continue
+        found.put(tuple(key.split(".")), lines.scalar(value), f"'{override}'")
+        _lengthen(found.data)
+    try:
+        recipe = _whole().model_validate_json(json.dumps(found.data), strict=True)
+    except pydantic.ValidationError as error:
+        problems += [_said(one, found) for one in error.errors(include_url=False)]
+    except RecursionError:
+        problems.append(f"{name} contains itself. Write it out.")
+    else:
+        problems += _checked(recipe, found)
+    if problems:
+        raise RecipeError("\n".join(dict.fromkeys(problems)))
+    return recipe
+
+
+def _lengthen(data: Any) -> None:
+    """Short forms as what they stand for."""
+    if isinstance(data.get("model"), str):
+        data["model"] = {Model.short: data["model"]}
+    if isinstance(data.get("method"), str):
+        data["method"] = {data["method"]: {}}
+    if isinstance(data.get("method"), dict):
+        for name in [name for name, options in data["method"].items() if options is None]:
+            data["method"][name] = {}
+    if isinstance(data.get("data"), str | list):
+        data["data"] = {"path": data["data"]}
+
+
+def _checked(recipe: Recipe, found: lines.Lined) -> Iterable[str]:
+    """What only the methods themselves can say."""
+    if all(options is None for options in vars(recipe.method).values()):
+        yield f"{found.line(('method',))}: no method is named.{_there(method_options())}"
+    for name, options in vars(recipe.method).items():
+        if options is None:
+            continue
+        try:
+            _method(name, options)
+        except MethodError as error:
+            yield f"{found.line(('method', name))}: {error}"
+
+
+def _said(one: Any, found: lines.Lined) -> str:
+    """One mistake: line, place, what is wrong, and the nearest valid name."""
+    path = tuple(part for part in one["loc"])
+    names = [str(part) for part in path if not _branch(str(part))]
+    where, line = ".".join(names), found.line(path)
+    at = f"{line}: " if line else ""
+    if one["type"] == "extra_forbidden":
+        known = _known(path[:-1])
+        return f"{at}{where} is no option.{closest(names[-1], known) or _there(known)}"
+    if one["type"] == "missing":
+        return f"{at}{where} is missing."
+    if one["type"] == "value_error":
+        return f"{at}{where}: {one['msg'].removeprefix('Value error, ')}."
+    seen = one["input"]
+    near = ""
+    if one["type"] == "literal_error" and isinstance(seen, str):
+        near = closest(seen, re.findall(r"'([^']+)'", one["msg"]))
+    message = one["msg"].removeprefix("Input ")
+    return f"{at}{where} {message}, not {json.dumps(seen)[:60]}.{near}"
+
+
+def _branch(part: str) -> bool:
+    """Whether a part of an error's place is no name but one of several types that a value may have."""
+    return bool(
+        re.match(r"(literal|list|tuple|constrained|function|union|float|int|str)\b.*[\[\-]|(float|int|str)$", part)
+    )
+
+
+def _known(path: tuple[str | int, ...]) -> list[str]:
+    """The options that there are at a place."""
+    inner: Any = _whole()
+    for part in path:
+        field = inner.model_fields.get(str(part)) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        inner = None if field is None else field.annotation
+        if not isinstance(inner, type):
+            inner = next((each for each in getattr(inner, "__args__", ()) if isinstance(each, type)), None)
+    return list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
+
+
+def _there(names: Iterable[str]) -> str:
+    return f" There are: {', '.join(sorted(names))}." if names else ""

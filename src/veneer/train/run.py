@@ -1,0 +1,387 @@
+"""train: from a recipe to an adapter on disk, its figures, and all that repeats the run.
+
+The folder of a run holds `adapter/` (with `recipe.yaml`), `report.json`, `curve.png`, `tensorboard/`, `checkpoints/`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+
+import veneer
+from veneer.errors import RecipeError, RunError, Stopped
+from veneer.samples import whole
+from veneer.samples.quiet import quiet
+from veneer.train import checkpoint, models
+from veneer.train import recipe as recipes
+from veneer.train.callback import AdapterCallback
+from veneer.train.curve import draw
+from veneer.train.data import Prepared, prepare, recognize
+from veneer.train.machine import device, fitting_threads, peak_bytes, versions
+from veneer.train.measure import measure
+from veneer.train.progress import History, Watch
+from veneer.train.recipe import Recipe, Record
+from veneer.train.scores import Written, score
+from veneer.train.trainer import Collate, Numbered, RecipeTrainer
+from veneer.train.watching import Best, Sanity, Signals, tensorboard
+
+TENTH = 10
+"""A run is measured and saved so often, where the recipe names no steps."""
+
+
+@dataclass
+class Result:
+    """What came of a run: the adapter on its model, and the figures, which `report.json` holds too."""
+
+    adapter: veneer.Adapter
+    model: Any
+    tokenizer: Any
+    folder: Path
+    recipe: Recipe
+    metrics: dict[str, float]
+    before: dict[str, float]
+    report: dict[str, Any] = field(repr=False)
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Result:
+    """Run a recipe: a file's path, a mapping with the same keys, or a Recipe. `overrides` are texts `key=value`.
+
+    Raises RecipeError with a line for each mistake, DataError for the rows, RunError where the folder is not free or
+    memory does not suffice, Diverged where the loss is lost, Stopped after a signal; `resume=True` goes on from the
+    last whole checkpoint, to the bit.
+    """
+    found = _read(recipe, overrides)
+    console = console or Console(stderr=True, highlight=False)
+    folder = Path(found.output)
+    data = found.data
+    _, task = recognize(data)
+    _refuse(found, task)
+    signals = Signals()
+    with fitting_threads(), checkpoint.locked(folder), signals.caught_here():
+        _refuse_used(folder, resume)
+        tokenizer = models.tokenizer(found.model)
+        prepared = prepare(data, tokenizer, found.training.seed)
+        run = _Run(found, prepared, tokenizer, console, signals)
+        run.settle(resume)
+        micro = found.training.micro_batch_size
+        size = found.training.batch_size if micro == "auto" else micro
+        while True:
+            try:
+                return run.attempt(size, resume)
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0][:100]
+            smaller = next((n for n in range(size - 1, 0, -1) if found.training.batch_size % n == 0), 0)
+            if micro != "auto" or not smaller:
+                raise RunError(
+                    f"The memory does not hold {size} examples at once ({reason}). Set training.micro_batch_size lower "
+                    "or leave it auto, set data.max_length lower, or training.gradient_checkpointing: true."
+                )
+            run.retries.append({"micro_batch_size": size, "error": reason})
+            console.print(f"Out of memory with {size} examples at once; trying {smaller}, of the same steps.")
+            size, resume = smaller, True
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _read(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if overrides:
+            return recipes.read(recipe.yaml(), "the recipe", overrides)
+        return recipe
+    if isinstance(recipe, Mapping):
+        return recipes.read(json.dumps(recipe), "the recipe", overrides)
+    return recipes.load(recipe, overrides)
+
+
+def _refuse(recipe: Recipe, task: str) -> None:
+    """RecipeError for all that could not act with these data."""
+    training, evaluation, data = recipe.training, recipe.evaluation, recipe.data
+    wrong = []
+    if task not in models.CLASSES:
+        wrong.append(f"data: recipes do not train {task} yet; use Veneer with a Trainer of your own.")
+    if data.streaming and training.steps is None:
+        wrong.append("training.steps is needed with data.streaming: nobody knows how long an epoch is.")
+    if data.streaming and training.group_by_length:
+        wrong.append("training.group_by_length changes nothing with data.streaming; leave it out.")
+    if not data.held_out:
+        idle = [name for name in ("every", "patience") if getattr(evaluation, name) is not None]
+        idle += [name for name in ("metrics",) if evaluation.metrics] + ["keep"] * (evaluation.keep == "best")
+        wrong += [f"evaluation.{name} needs held-out rows; set data.held_out." for name in idle]
+    if evaluation.metrics and (task != "causal" or data.packing):
+        wrong.append(
+            "evaluation.metrics are of written answers, so for conversations that are not packed; leave it out."
+        )
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+
+
+def _refuse_used(folder: Path, resume: bool) -> None:
+    if resume:
+        return
+    if (folder / "report.json").exists():
+        raise RunError(f"{folder} holds a finished run. Name another output, such as output={folder}-2.")
+    if checkpoint.steps(folder / "checkpoints"):
+        raise RunError(f"{folder} holds checkpoints of a run. Go on with --resume, or name another output.")
+
+
+class _Run:
+    """One recipe with its data, which may take several attempts."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, tokenizer: Any, console: Console, signals: Signals) -> None:
+        self.recipe = recipe
+        self.prepared = prepared
+        self.tokenizer = tokenizer
+        self.console = console
+        self.signals = signals
+        self.folder = Path(recipe.output)
+        self.checkpoints = self.folder / "checkpoints"
+        self.retries: list[dict[str, Any]] = []
+        self.started = time.perf_counter()
+        training = recipe.training
+        if training.steps is not None:
+            self.steps = training.steps
+        else:
+            epochs = 3.0 if training.epochs is None else training.epochs
+            self.steps = math.ceil(epochs * math.ceil(len(prepared.train) / training.batch_size))
+        self.resolved = self._resolved()
+
+    def _resolved(self) -> Recipe:
+        """The recipe with what was left to the run filled in, and a record of what it was made with."""
+        recipe, tenth = self.recipe, max(1, self.steps // TENTH)
+        training: dict[str, Any] = {
+            "learning_rate": recipe.learning_rate,
+            "checkpoint_every": recipe.training.checkpoint_every or tenth,
+        }
+        if recipe.training.epochs is None and recipe.training.steps is None:
+            training["epochs"] = 3.0
+        measured = self.prepared.held_out is not None
+        evaluation: dict[str, Any] = {"every": recipe.evaluation.every or tenth} if measured else {}
+        record = Record(
+            versions=versions(),
+            git=_git(),
+            data_fingerprint=self.prepared.fingerprint,
+            task=self.prepared.task,
+            labels=self.prepared.labels,
+            steps=self.steps,
+        )
+        return recipe.model_copy(
+            update={
+                "training": recipe.training.model_copy(update=training),
+                "evaluation": recipe.evaluation.model_copy(update=evaluation),
+                "record": record,
+            }
+        )
+
+    def settle(self, resume: bool) -> None:
+        """Compare with the record of the recipe, and with the recipe that the folder was begun with."""
+        made = self.recipe.record
+        if made is not None and made.data_fingerprint != self.prepared.fingerprint:
+            raise RunError("The data are not those that this recipe was run with: their fingerprint differs. To train "
+                           "on them all the same, delete the recipe's record.")  # fmt: skip
+        for name, before in (made.versions if made else {}).items():
+            now = versions().get(name)
+            if now != before:
+                self.console.print(f"{name} is {now}, and was {before} when this recipe was run.")
+        file, text = self.folder / "recipe.yaml", self.resolved.yaml()
+        if resume and file.exists():
+            begun = recipes.read(file.read_text(encoding="utf-8"), str(file))
+            changed = sorted(_differences(begun.as_dict(), self.resolved.as_dict()))
+            if changed:
+                raise RunError(
+                    f"{self.folder} was begun with another recipe: {', '.join(changed)} differ. Go on with "
+                    f"{file}, or name another output."
+                )
+        whole.replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def attempt(self, micro: int, resume: bool) -> Result:
+        """Load, attach, train, measure and save, with `micro` examples computed at once."""
+        recipe, training = self.resolved, self.recipe.training
+        set_seed(training.seed)
+        model, fresh = models.base(recipe.model, self.prepared.task, self.prepared.labels)
+        adapter = veneer.attach(model, dict(recipe.methods()), also_train=fresh)
+        if self.prepared.packed:
+            from veneer.train.data import check_packing
+
+            check_packing(model)
+        measured = partial(measure, model, self.prepared.held_out, self.prepared.collate, self.prepared.task, micro)
+        before = measured() if self.prepared.held_out is not None else {}
+        best = self.folder / "best.safetensors" if recipe.evaluation.keep == "best" else None
+        watch = Watch(self.console)
+        trainer = self._trainer(model, adapter, micro, measured, watch, best)
+        start = checkpoint.newest(self.checkpoints, self.console.print) if resume else None
+        if start is not None:
+            self.console.print(f"Going on from {start}.")
+        with watch.bar, quiet():
+            if not (start is not None and self._is_done(start, trainer)):
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        state = trainer.state
+        if self.signals.caught is not None and state.global_step < self.steps:
+            raise Stopped(
+                f"Stopped by {self.signals.caught.name} after step {state.global_step} of {self.steps}, which is "
+                f"saved. Go on with: veneer train {self.folder / 'recipe.yaml'} --resume"
+            )
+        model.eval()
+        trainer.best.take_back()
+        written = score(model, self.tokenizer, self.prepared.held_out, recipe.evaluation, training.seed)
+        metrics = (measured() if self.prepared.held_out is not None else {}) | written.metrics
+        report = self._report(adapter, trainer, watch.history, before, metrics, written, micro)
+        self._save(adapter, trainer, report)
+        if best is not None:
+            best.unlink()
+        return Result(adapter, model, self.tokenizer, self.folder, recipe, metrics, before, report)
+
+    def _is_done(self, start: Path, trainer: RecipeTrainer) -> bool:
+        """Whether a checkpoint is the last of its run, whose state the trainer then takes over."""
+        state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        if state.global_step < self.steps and not trainer.best.lost(state):
+            return False
+        trainer.state = state
+        trainer.take_weights(start)
+        return True
+
+    def _trainer(
+        self, model: Any, adapter: veneer.Adapter, micro: int, measured: Any, watch: Watch, best: Path | None
+    ) -> RecipeTrainer:
+        recipe, training, prepared = self.resolved, self.resolved.training, self.prepared
+        groups = adapter.parameter_groups(lr=recipe.learning_rate, lora_plus_ratio=training.lora_plus_ratio)
+        lengths = None
+        if training.group_by_length is not False and not recipe.data.streaming:
+            lengths = prepared.train["length"]
+        gpu = torch.accelerator.is_available()
+        trainer = RecipeTrainer(
+            measure=measured,
+            lengths=lengths,
+            batch_size=training.batch_size,
+            folder=self.checkpoints,
+            keep=training.keep_checkpoints,
+            advice=lambda: (
+                f"set training.learning_rate lower (it is {recipe.learning_rate:g}) or training.warmup higher, and "
+                "look at those rows with: veneer data"
+            ),
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(self.checkpoints),
+                max_steps=self.steps,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=training.batch_size // micro,
+                learning_rate=recipe.learning_rate,
+                lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
+                warmup_steps=math.ceil(training.warmup * self.steps),
+                max_grad_norm=training.max_grad_norm,
+                activation_checkpointing=training.gradient_checkpointing,
+                seed=training.seed,
+                use_cpu=not gpu,
+                dataloader_pin_memory=gpu,
+                remove_unused_columns=False,
+                include_num_input_tokens_seen="non_padding",
+                logging_steps=1,
+                logging_nan_inf_filter=False,
+                eval_strategy="steps" if prepared.held_out is not None else "no",
+                eval_steps=recipe.evaluation.every,
+                save_strategy="steps",
+                save_steps=training.checkpoint_every or self.steps,
+                report_to="none",  # a tracker of its own would choose another folder
+                disable_tqdm=True,
+            ),
+            data_collator=Collate(prepared.collate),
+            train_dataset=prepared.train if recipe.data.streaming else Numbered(prepared.train),
+            eval_dataset=prepared.held_out,
+            optimizers=(torch.optim.AdamW(groups, weight_decay=training.weight_decay), None),
+            callbacks=[
+                AdapterCallback(adapter),
+                self.signals,
+                watch,
+                *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
+            ],
+            best=Best(adapter, best, recipe.evaluation.patience),
+        )
+        trainer.add_callback(Sanity(trainer.advice))
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _report(
+        self,
+        adapter: veneer.Adapter,
+        trainer: RecipeTrainer,
+        history: History,
+        before: dict[str, float],
+        metrics: dict[str, float],
+        written: Written,
+        micro: int,
+    ) -> dict[str, Any]:
+        count = veneer.count_parameters(adapter.model)
+        state = trainer.state
+        return {
+            "before": before,
+            "metrics": metrics,
+            "steps": state.global_step,
+            "kept_step": state.best_global_step if self.resolved.evaluation.keep == "best" else state.global_step,
+            "stopped_early": state.global_step < self.steps,
+            "trainable": count.trainable,
+            "total": count.total,
+            "micro_batch_size": micro,
+            "retries": self.retries,
+            "tokens_per_second": history.tokens_per_second,
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "peak_bytes": peak_bytes(device()),
+            "data": self.prepared.report.as_dict(),
+            "log": state.log_history,
+            "examples": written.examples,
+        }
+
+    def _save(self, adapter: veneer.Adapter, trainer: RecipeTrainer, report: dict[str, Any]) -> None:
+        def fill(folder: Path) -> None:
+            veneer.save(adapter, folder)
+            self.tokenizer.save_pretrained(folder)
+            (folder / "recipe.yaml").write_text(self.resolved.yaml(), encoding="utf-8")
+
+        whole.replace(self.folder / "adapter", fill)
+        history = History.of(trainer.state.log_history, report["before"].get("loss"))
+        whole.replace(self.folder / "curve.png", lambda path: draw(history, path))
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        whole.replace(self.folder / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def _differences(one: Any, other: Any, path: str = "") -> set[str]:
+    """The places where two recipes say other things, but for where they write and what they were made with."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = {key for key in one.keys() | other.keys() if path or key not in ("output", "record")}
+        return {each for key in keys for each in _differences(one.get(key), other.get(key), f"{path}.{key}")}
+    return set() if one == other else {path.removeprefix(".")}
+
+
+def _git() -> str | None:
+    """The commit of the working directory, and whether it is clean; None outside a repository."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}, with changes" if status else commit
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
