@@ -406,6 +406,6 @@ def test_commands(tmp_path):
         refused = run(*words)
         assert refused.returncode == 2
         assert refused.stdout == ""
-        assert refused.stderr.startswith("veneer: ")
+        assert refused.stderr.splitlines()[-1].startswith("veneer: ")
         assert message in refused.stderr
     assert not (tmp_path / "new").exists()

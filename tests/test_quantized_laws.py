@@ -66,5 +66,5 @@ def test_law(law, name, kind):
 @pytest.mark.parametrize("kind", TORCHAO)
 def test_torchao_itself_cannot_be_pickled(kind):
     """Why that law is left out there; copies are in `test_quantized.py`."""
-    with pytest.raises(AttributeError, match="partial"):
-        pickle.dumps(quantized(kind))
+    with pytest.raises(AttributeError, match=r"functools\.partial|_linear_extra_repr"):
+        pickle.loads(pickle.dumps(quantized(kind)))
