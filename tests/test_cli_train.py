@@ -6,6 +6,7 @@ import pytest
 import small_run
 
 from veneer import cli
+from veneer.train import using
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,12 @@ def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "generate", adapter, "thou 3", "--max-new-tokens", 4)
     assert code == 0
     assert out.strip() == answers[0]["answer"]
+    asked = []
+    encode = using.encode_prompt
+    monkeypatch.setattr(using, "encode_prompt", lambda t, example: asked.append(example.system) or encode(t, example))
+    for told in (["--system", "Another voice."], []):
+        assert run(monkeypatch, capsys, "generate", adapter, "thou 3", *told, "--max-new-tokens", 4)[0] == 0
+    assert asked == ["Another voice.", ""]
     code, _, err = run(monkeypatch, capsys, "train", recipe, f"output={tmp_path / 'out'}")
     assert code == 2
     output = tmp_path / "out"

@@ -74,12 +74,15 @@ def generate(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder that `veneer train` made: runs/x/adapter.")],
     prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
     file: Annotated[Path | None, typer.Option(help="Answer each line of this file instead.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system message; the recipe's data.system if left out.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 128,
     json: Json = False,
 ) -> None:
     """Answer one prompt, or each line of a file, with an adapter of a language model; always the likeliest words.
 
-    Example: veneer generate runs/first/adapter "thou art mine"
+    Example: veneer generate runs/verses/adapter "Thou art mine." --system "Rewrite in modern English."
     """
     from veneer.train import using
 
@@ -89,7 +92,7 @@ def generate(
         prompts = [prompt] if prompt is not None else Path(str(file)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{file} cannot be read: {error}.") from None
-    answers = using.answer(adapter, prompts, max_new_tokens)
+    answers = using.answer(adapter, prompts, max_new_tokens, system)
     if json:
         print(json_text.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
     else:

@@ -56,11 +56,11 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
     return base, figures()
 
 
-def answer(adapter: Path, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """What the adapted model writes to each prompt, greedily."""
+def answer(adapter: Path, prompts: Sequence[str], max_new_tokens: int, system: str | None = None) -> list[str]:
+    """What the adapted model writes to each prompt, greedily; `system` is the recipe's where it is None."""
     found, model, tokenizer = opened(adapter)
     if found.record is None or found.record.task != "causal":
         raise FileError(f"{adapter} does not adapt a model that writes. Measure it with: veneer eval {adapter}")
-    system = found.data.system or ""
+    system = (found.data.system or "") if system is None else system
     encoded = [encode_prompt(tokenizer, Example(prompt, "", system)) for prompt in prompts]
     return write(model, tokenizer, encoded, max_new_tokens=max_new_tokens)
