@@ -4,7 +4,8 @@
 
 The linears of the blocks are stored in float32, in Veneer's NF4 (with and without double quantization), in
 bitsandbytes' FP4, and in torchao's int4, with and without zero points; LoftQ starts LoRA from what NF4 lost. All see
-the same sentences from the same start. The error is |W - Q| / |W| in the Frobenius norm, the mean over the linears. Prints Markdown.
+the same sentences from the same start. The error is |W - Q| / |W| in the Frobenius norm, the mean over the linears.
+Prints Markdown.
 """
 
 from __future__ import annotations

@@ -7,13 +7,11 @@ Merging and law 15 are in files of their own.
 
 from __future__ import annotations
 
-import pickle
-
 import laws
 import pytest
 from laws import LAWS, Case
 from pairwise import cover
-from quantized import FAMILIES, KINDS, TORCHAO, base, quantized
+from quantized import FAMILIES, KINDS, TORCHAO, base
 from subjects import SUBJECTS
 from test_quantized import eight_bit
 
@@ -61,10 +59,3 @@ def test_law(law, name, kind):
     else:
         with pytest.raises(impossible[0], match=impossible[1]):
             law(case)
-
-
-@pytest.mark.parametrize("kind", TORCHAO)
-def test_torchao_itself_cannot_be_pickled(kind):
-    """Why that law is left out there; copies are in `test_quantized.py`."""
-    with pytest.raises(AttributeError, match=r"functools\.partial|_linear_extra_repr"):
-        pickle.loads(pickle.dumps(quantized(kind)))
