@@ -268,6 +268,8 @@ class _Run:
         lengths = None
         if training.group_by_length is not False and not recipe.data.streaming:
             lengths = prepared.train["length"]
+        if training.gradient_checkpointing:
+            veneer.checkpoint_activations(model)
         gpu = torch.accelerator.is_available()
         trainer = RecipeTrainer(
             measure=measured,
@@ -289,7 +291,6 @@ class _Run:
                 lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
                 warmup_steps=math.ceil(training.warmup * self.steps),
                 max_grad_norm=training.max_grad_norm,
-                activation_checkpointing=training.gradient_checkpointing,
                 seed=training.seed,
                 use_cpu=not gpu,
                 dataloader_pin_memory=gpu,
