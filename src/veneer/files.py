@@ -35,11 +35,12 @@ def write(folder: Path, contents: Mapping[str, bytes]) -> None:
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    _sync_folder(folder)
+    sync(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk before anything after this is."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -59,13 +60,12 @@ def appearing(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(partial)
+            sync(path)
+        sync(partial)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    _sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

@@ -63,9 +63,10 @@ def inspect(
         found = _adapter(path)
     elif (path / "config.json").exists():
         from veneer.cli import diagram
-        from veneer.seams import loading, transformers
+        from veneer.seams import loading
 
-        found = diagram.describe(transformers.without_weights(path))
+        config = loading.config_of(str(path), None)
+        found = diagram.describe(loading.without_weights(config, loading.class_of(config)))
         if stored := loading.stored_bits(path):
             found["nf4"] = {"weights": stored[0], "bits": stored[1]}
     else:

@@ -180,18 +180,6 @@ def note_quantized(model: Any) -> None:
     }
 
 
-def without_weights(folder: Path) -> nn.Module:
-    """The model a folder's config describes, on the meta device: shapes without numbers."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    with torch.device("meta"):
-        built: nn.Module = kind(config) if kind else transformers.AutoModel.from_config(config)
-    return built
-
-
 def forget_quantization(model: Any) -> None:
     """Take off what is noted on a model that was loaded quantized, so that transformers takes it for a plain one."""
     if not is_pretrained(model):

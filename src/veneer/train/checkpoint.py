@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from veneer import files
 from veneer.errors import RunError
 
 SUMS = "checksums.json"
@@ -48,11 +49,11 @@ def write(folder: Path, step: int, fill: Callable[[Path], object], keep: int) ->
         sums = {path.name: _digest(path) for path in sorted(aside.iterdir())}
         (aside / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
         for path in aside.iterdir():
-            _sync(path)
-        _sync(aside)
+            files.sync(path)
+        files.sync(aside)
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
-        _sync(folder)
+        files.sync(folder)
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         why = _full(error)
@@ -101,14 +102,6 @@ def _wrong(place: Path) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _full(error: BaseException) -> str | None:

@@ -12,12 +12,12 @@ import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 import veneer
 from veneer import Adapter
+from veneer.train.arguments import arguments
 from veneer.train.batch import Collator
 from veneer.train.callback import AdapterCallback
 from veneer.train.encoding import Encoded
@@ -69,8 +69,7 @@ def fit(
 
 
 def _arguments(recipe: Recipe, scratch: str) -> TrainingArguments:
-    gpu = torch.accelerator.is_available()
-    return TrainingArguments(
+    return arguments(
         output_dir=scratch,
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
@@ -79,13 +78,5 @@ def _arguments(recipe: Recipe, scratch: str) -> TrainingArguments:
         warmup_steps=recipe.warmup_steps,
         train_sampling_strategy="group_by_length",
         seed=recipe.seed,
-        use_cpu=not gpu,
-        dataloader_pin_memory=gpu,
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, set_seed
 
 import veneer
 from veneer.errors import RecipeError, RunError, Stopped
@@ -26,6 +26,7 @@ from veneer.samples import whole
 from veneer.samples.quiet import quiet
 from veneer.train import checkpoint, models
 from veneer.train import recipe as recipes
+from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
@@ -264,13 +265,17 @@ class _Run:
         self, model: Any, adapter: veneer.Adapter, micro: int, measured: Any, watch: Watch, best: Path | None
     ) -> RecipeTrainer:
         recipe, training, prepared = self.resolved, self.resolved.training, self.prepared
-        groups = adapter.parameter_groups(lr=recipe.learning_rate, lora_plus_ratio=training.lora_plus_ratio)
+        optimizer = veneer.optimizer(
+            adapter,
+            lr=recipe.learning_rate,
+            lora_plus_ratio=training.lora_plus_ratio,
+            weight_decay=training.weight_decay,
+        )
         lengths = None
         if training.group_by_length is not False and not recipe.data.streaming:
             lengths = prepared.train["length"]
         if training.gradient_checkpointing:
             veneer.checkpoint_activations(model)
-        gpu = torch.accelerator.is_available()
         trainer = RecipeTrainer(
             measure=measured,
             lengths=lengths,
@@ -282,7 +287,7 @@ class _Run:
                 "look at those rows with: veneer data"
             ),
             model=model,
-            args=TrainingArguments(
+            args=arguments(
                 output_dir=str(self.checkpoints),
                 max_steps=self.steps,
                 per_device_train_batch_size=micro,
@@ -292,23 +297,15 @@ class _Run:
                 warmup_steps=math.ceil(training.warmup * self.steps),
                 max_grad_norm=training.max_grad_norm,
                 seed=training.seed,
-                use_cpu=not gpu,
-                dataloader_pin_memory=gpu,
-                remove_unused_columns=False,
-                include_num_input_tokens_seen="non_padding",
-                logging_steps=1,
-                logging_nan_inf_filter=False,
                 eval_strategy="steps" if prepared.held_out is not None else "no",
                 eval_steps=recipe.evaluation.every,
                 save_strategy="steps",
                 save_steps=training.checkpoint_every or self.steps,
-                report_to="none",  # a tracker of its own would choose another folder
-                disable_tqdm=True,
             ),
             data_collator=Collate(prepared.collate),
             train_dataset=prepared.train if recipe.data.streaming else Numbered(prepared.train),
             eval_dataset=prepared.held_out,
-            optimizers=(torch.optim.AdamW(groups, weight_decay=training.weight_decay), None),
+            optimizers=(optimizer, None),
             callbacks=[
                 AdapterCallback(adapter),
                 self.signals,
