@@ -14,6 +14,7 @@ import torch
 
 PACKAGES = ("veneer", "torch", "transformers", "accelerate", "safetensors", "sacrebleu")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+STATUS = Path("/proc/self/status")
 
 
 def device() -> torch.device:
@@ -25,10 +26,11 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory in use at once so far: of the GPU where it does the work, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if STATUS.is_file():  # rusage would not do: a spawned process starts there with its parent's peak
+        return int(STATUS.read_bytes().split(b"VmHWM:")[1].split()[0]) * 1024
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 @contextmanager
