@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from veneer.errors import Diverged
 from veneer.train import checkpoint
+from veneer.train.frozen import FrozenBlocks
 from veneer.train.watching import Best
 
 ROW = "row_numbers"
@@ -47,7 +49,8 @@ class Collate:
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer that measures with `measure`, groups rows by `lengths`, and keeps the last `keep` checkpoints."""
+    """A Trainer that measures with `measure`, groups rows by `lengths`, keeps the last `keep` checkpoints, and
+    what `frozen` blocks compute."""
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class RecipeTrainer(Trainer):
         keep: int,
         advice: Callable[[], str],
         best: Best,
+        frozen: FrozenBlocks | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -69,6 +73,7 @@ class RecipeTrainer(Trainer):
         self.keep = keep
         self.advice = advice
         self.best = best
+        self.frozen = frozen
         self.add_callback(best)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -79,7 +84,9 @@ class RecipeTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; Diverged where its loss is no number."""
         numbers = inputs.pop(ROW, None)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        serving = nullcontext() if self.frozen is None else self.frozen.serving(numbers.tolist(), inputs)
+        with serving:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             rows = "" if numbers is None else f" in a batch of training rows {', '.join(map(str, numbers.tolist()))}"
             step = self.state.global_step + 1
