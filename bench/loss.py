@@ -5,8 +5,9 @@
 Head and loss alone, forward and backward to the hidden states, with a frozen head: the loss of transformers on whole
 logits against `veneer.chunk_loss`'s, and this once more where only half of the tokens are learned, as answers are.
 Each runs in a process of its own, one after the other, several times; memory is the growth of the highest resident size
-(VmHWM, reset when weights and hidden states are there), time the least of the steps. Prints a table; the figures of a
-named machine are kept in bench/results/.
+(VmHWM, reset when weights and hidden states are there), time the least of the steps, by the clock and of the processor,
+which other work on the machine disturbs less. Prints a table; the figures of a named machine are kept in
+bench/results/.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from veneer.ops.loss import chunk_length, summed_cross_entropy
 from veneer.train.machine import fitting_threads
 
-STEPS, ROUNDS = 2, 2
 WAYS = {
     "stock": ("stock", 1.0),
     "chunked": ("chunked", 1.0),
@@ -67,12 +67,13 @@ def measure(way: str, asked: argparse.Namespace) -> dict[str, float]:
     step(64)  # so that all code is loaded
     with open("/proc/self/clear_refs", "w") as peak:
         peak.write("5")
-    before, seconds = status("VmHWM"), []
-    for _ in range(STEPS):
-        start = time.perf_counter()
+    before, seconds, cpu = status("VmHWM"), [], []
+    for _ in range(asked.steps):
+        start, busy = time.perf_counter(), time.process_time()
         loss = step(asked.tokens)
         seconds.append(time.perf_counter() - start)
-    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "loss": loss}
+        cpu.append(time.process_time() - busy)
+    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "cpu": min(cpu), "loss": loss}
 
 
 def main() -> None:
@@ -81,30 +82,29 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="which to measure, of those in the table")
     parser.add_argument("--only", metavar="WAY", help="measure one, in this process")
     asked = parser.parse_args()
     if asked.only:
         with fitting_threads():
             print(json.dumps(measure(asked.only, asked)))
         return
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for _ in range(ROUNDS):
-        for way in WAYS:
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
+    for _ in range(asked.rounds):
+        for way in asked.ways:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
             ran = subprocess.run(command, capture_output=True, text=True, check=True)
             found[way].append(json.loads(ran.stdout.splitlines()[-1]))
-    table = Table("loss", "memory MiB", "of stock", "step s (each process)", "of stock", "value")
+    table = Table("loss", "memory MiB", "of stock", "step s", "of stock", "CPU s", "of stock", "value")
     for way, runs in found.items():
-        memory, seconds = (min(run[key] for run in runs) for key in ("memory", "seconds"))
         stock = found["stock, half" if "half" in way else "stock"]
-        table.add_row(
-            way,
-            f"{memory / 2**20:.0f}",
-            f"{memory / min(run['memory'] for run in stock):.3f}",
-            ", ".join(f"{run['seconds']:.2f}" for run in runs),
-            f"{seconds / min(run['seconds'] for run in stock):.2f}",
-            f"{runs[0]['loss']:.6f}",
-        )
+        cells = []
+        for key, shown, unit in (("memory", ".0f", 2**20), ("seconds", ".2f", 1), ("cpu", ".2f", 1)):
+            cells.append(", ".join(f"{run[key] / unit:{shown}}" for run in runs))
+            cells.append(f"{min(run[key] for run in runs) / min(run[key] for run in stock):.3f}")
+        table.add_row(way, *cells, f"{runs[0]['loss']:.6f}")
     console = Console()
     console.print(
         f"{asked.tokens} tokens, vocabulary {asked.vocabulary}, width {asked.width}, {asked.dtype}; "

@@ -39,7 +39,7 @@ def chats(count: int) -> list[dict[str, Any]]:
     found = []
     for verse in verses.split(SEED).train[:count]:
         one = example(verse)
-        said = [("system", one.system), ("user", one.prompt), ("assistant", one.completion)]
+        said = [("system", one.system), ("user", one.prompt), ("assistant", one.answer)]
         found.append({"messages": [{"role": role, "content": text} for role, text in said]})
     return found
 

@@ -53,3 +53,14 @@ def test_it_trains_saves_adapters_alone_and_goes_on(base, tmp_path):
     assert resumed.state.global_step == 4
     for one, two in zip(adapter.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_loss_in_chunks_on_the_model_is_not_in_its_way(tmp_path):
+    losses = []
+    for chunked in (False, True):
+        made, _ = trainer(tmp_path, "dense", 2)
+        if chunked:
+            veneer.chunk_loss(made.model)
+        made.train()
+        losses.append([row["loss"] for row in made.state.log_history if "loss" in row])
+    assert losses[0] == losses[1]
