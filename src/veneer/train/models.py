@@ -50,10 +50,12 @@ def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[s
     return found.to(device), fresh
 
 
-def chunked(model: Any, asked: str) -> ChunkedLoss | str:
-    """The model's loss in chunks, or why it stays whole. `asked` is a recipe's training.loss."""
+def chunked(model: Any, asked: str, parallel: str = "ddp") -> ChunkedLoss | str:
+    """The model's loss in chunks, or why it stays whole; `asked` and `parallel` are a recipe's options."""
     if asked == "whole":
         return "as the recipe asks"
+    if parallel == "fsdp":
+        return "the head's weights are shared out"
     try:
         return veneer.chunk_loss(model)
     except LossError as reason:

@@ -75,6 +75,8 @@ class Training(Section):
     cache_frozen: keep what the blocks below the lowest adapter compute, on disk, from the first epoch for the others.
     max_grad_norm: longer gradients are cut to it. lora_plus_ratio: B learns so many times faster than A (LoRA+).
     checkpoint_every: optimizer steps between checkpoints; ten a run where nothing is named. keep_checkpoints: the last.
+    parallel: how several processes (torchrun, accelerate launch) share a run: each holds the whole model ("ddp"), or a
+    part of each layer ("fsdp", FSDP2).
     trackers: who is told of loss and rate while it runs.
     seed: chooses the start of the adapter, held-out rows, order and dropout.
     """
@@ -95,6 +97,7 @@ class Training(Section):
     lora_plus_ratio: Positive | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     trackers: list[Literal["tensorboard"]] = ["tensorboard"]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
