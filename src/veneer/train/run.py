@@ -32,6 +32,7 @@ from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
+from veneer.train.frozen import FrozenBlocks
 from veneer.train.machine import device, fitting_threads, peak_bytes, versions
 from veneer.train.measure import measure
 from veneer.train.order import Order
@@ -136,12 +137,20 @@ def _refuse(recipe: Recipe, task: str) -> None:
         )
     if training.parallel == "fsdp" and number == 1:
         wrong.append("training.parallel: fsdp needs several processes: torchrun --nproc-per-node 2 -m veneer train ...")
+    if training.parallel == "fsdp" and training.loss == "chunked":
+        wrong.append(
+            "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
+        )
+    if training.cache_frozen and number > 1:
+        wrong.append("training.cache_frozen is for one process: several see other rows in each epoch; leave it out.")
     if task not in models.CLASSES:
         wrong.append(f"data: recipes do not train {task} yet; use Veneer with a Trainer of your own.")
     if data.streaming and training.steps is None:
         wrong.append("training.steps is needed with data.streaming: nobody knows how long an epoch is.")
     if data.streaming and training.group_by_length:
         wrong.append("training.group_by_length changes nothing with data.streaming; leave it out.")
+    if data.streaming and training.cache_frozen:
+        wrong.append("training.cache_frozen needs rows that come again, and data.streaming has none; leave it out.")
     if not data.held_out:
         idle = [name for name in ("every", "patience") if getattr(evaluation, name) is not None]
         idle += [name for name in ("metrics",) if evaluation.metrics] + ["keep"] * (evaluation.keep == "best")
@@ -244,6 +253,7 @@ class _Run:
             from veneer.train.data import check_packing
 
             check_packing(model)
+        chunked = models.chunked(model, training.loss, training.parallel)
         measured = partial(measure, model, self.prepared.held_out, self.prepared.collate, self.prepared.task, micro)
         before = measured() if self.prepared.held_out is not None else {}
         best = self.folder / "best.safetensors" if recipe.evaluation.keep == "best" else None
@@ -267,10 +277,29 @@ class _Run:
         written = score(model, self.tokenizer, self.prepared.held_out, recipe.evaluation, training.seed)
         metrics = (measured() if self.prepared.held_out is not None else {}) | written.metrics
         report = self._report(adapter, trainer, watch.history, before, metrics, written, micro)
+        if isinstance(chunked, str):
+            report["loss"] = f"whole: {chunked}"
+        else:
+            report["loss"] = "chunked"
+            chunked.remove()
         self._save(adapter, trainer, report)
         if best is not None and processes().is_main_process:
             best.unlink()
         return Result(adapter, model, self.tokenizer, self.folder, recipe, metrics, before, report)
+
+    def _frozen(self, model: Any) -> FrozenBlocks:
+        """What lies below the adapters, kept; RecipeError where no row comes twice."""
+        rows, prepared = len(self.prepared.train), self.prepared
+        if self.steps * self.recipe.training.batch_size <= rows:
+            raise RecipeError(
+                f"training.cache_frozen: {self.steps} steps of {self.recipe.training.batch_size} see none of {rows} "
+                "rows twice, so nothing kept is ever read. Leave it out, or train more epochs."
+            )
+        found = FrozenBlocks(model, prepared.collate, prepared.train, prepared.train["length"], self.folder)
+        self.console.print(
+            f"What the {found.count} frozen blocks compute is kept on disk while it trains: {found.bytes / 1e6:.1f} MB."
+        )
+        return found
 
     def _is_done(self, start: Path, trainer: RecipeTrainer) -> bool:
         """Whether a checkpoint is the last of its run, whose state the trainer then takes over."""
@@ -291,6 +320,7 @@ class _Run:
             order = Order(len(prepared.train), training.batch_size, lengths, training.seed)
         if training.gradient_checkpointing:
             veneer.checkpoint_activations(model)
+        frozen = self._frozen(model) if training.cache_frozen else None
         trainer = RecipeTrainer(
             measure=measured,
             order=order,
@@ -333,6 +363,7 @@ class _Run:
                 *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
             ],
             best=Best(adapter, best, recipe.evaluation.patience),
+            frozen=frozen,
         )
         if training.parallel == "fsdp":
             share_out(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from veneer import sharding
 from veneer.errors import Diverged
 from veneer.train import checkpoint
+from veneer.train.frozen import FrozenBlocks
 from veneer.train.order import Order
 from veneer.train.watching import Best
 
@@ -50,7 +52,8 @@ class Collate:
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer that measures with `measure`, takes rows in an `order`, and keeps the last `keep` checkpoints."""
+    """A Trainer that measures with `measure`, takes rows in an `order`, keeps the last `keep` checkpoints, and what
+    `frozen` blocks compute."""
 
     def __init__(
         self,
@@ -62,6 +65,7 @@ class RecipeTrainer(Trainer):
         keep: int,
         advice: Callable[[], str],
         best: Best,
+        frozen: FrozenBlocks | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -72,6 +76,7 @@ class RecipeTrainer(Trainer):
         self.keep = keep
         self.advice = advice
         self.best = best
+        self.frozen = frozen
         self.add_callback(best)
         if order is not None:
             self.add_callback(order)
@@ -88,7 +93,9 @@ class RecipeTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; Diverged where its loss is no number."""
         numbers = inputs.pop(ROW, None)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        serving = nullcontext() if self.frozen is None else self.frozen.serving(numbers.tolist(), inputs)
+        with serving:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             rows = "" if numbers is None else f" in a batch of training rows {', '.join(map(str, numbers.tolist()))}"
             step = self.state.global_step + 1
