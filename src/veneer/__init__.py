@@ -46,6 +46,11 @@ from veneer.drift import (
 from veneer.errors import (
     VeneerError,
 )
+from veneer.exporting import (
+    Exported,
+    export,
+    refusals,
+)
 from veneer.fusing import (
     fuse,
 )
@@ -128,6 +133,7 @@ __all__ = [
     "Delta",
     "DoRA",
     "Drift",
+    "Exported",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -166,6 +172,7 @@ __all__ = [
     "count_parameters",
     "dequantize",
     "detach",
+    "export",
     "fuse",
     "load",
     "load_quantized",
@@ -173,6 +180,7 @@ __all__ = [
     "optimizer",
     "quantize",
     "quantize_around",
+    "refusals",
     "save",
     "save_quantized",
     "start_prefix",

@@ -17,7 +17,7 @@ from veneer import files, methods, places
 from veneer.delta import Method, Place
 from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
 from veneer.handle import Adapter, Claim, runs
-from veneer.interop import peft
+from veneer.interop import adapterhub, peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
 from veneer.references import OWN_TENSORS, Reference, put_back, take_out
 from veneer.seams import transformers
@@ -80,14 +80,14 @@ def save(adapter: Adapter, folder: str | Path, *, parts: Mapping[str, str | Path
     name = OWN_TENSORS
     try:
         tensors, config = peft.to_files(adapter)
-        contents = {PEFT_TENSORS: _packed(tensors), PEFT_CONFIG: files.to_json(config)}
+        contents = {PEFT_TENSORS: packed(tensors), PEFT_CONFIG: files.to_json(config)}
         name = OWN_TENSORS if config["peft_type"] in peft.ROUNDED else PEFT_TENSORS
     except NotInPEFT:
         pass
     if name == OWN_TENSORS:
-        named = {part: (str(where), _located(where, None)) for part, where in (parts or {}).items()}
+        named = {part: (str(where), located(where, None)) for part, where in (parts or {}).items()}
         tensors, references = take_out(adapter.state_dict(), named, folder)
-        contents = {OWN_TENSORS: _packed(tensors), **contents}
+        contents = {OWN_TENSORS: packed(tensors), **contents}
     elif parts:
         raise AdapterError(f"{adapter!r} is no fusion, so it has no parts to refer to. Leave `parts` out.")
     recipe = _recipe(adapter, name, contents[name], references)
@@ -98,7 +98,8 @@ def save(adapter: Adapter, folder: str | Path, *, parts: Mapping[str, str | Path
     return folder
 
 
-def _packed(tensors: dict[str, Tensor]) -> bytes:
+def packed(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file as PEFT writes it; the same tensors always give the same bytes."""
     whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     return safetensors.torch.save(whole, metadata={"format": "pt"})
 
@@ -144,19 +145,22 @@ def _place(place: Place) -> _Place:
 def load(model: nn.Module, folder: str | Path, *, name: str = "default", revision: str | None = None) -> Adapter:
     """Attach the adapter of a folder, or of a Hub id, and make it the active one.
 
-    Reads Veneer's folders and Hugging Face PEFT's LoRA and prefix tuning folders, safetensors only. Every key, shape
-    and number is checked before the model is touched. Raises CorruptFile, UnsafeFile, WrongModel or FileError, naming
-    file and key.
+    Reads Veneer's folders and Hugging Face PEFT's, safetensors only, and AdapterHub's (bottleneck, prefix, LoRA and
+    fusion). Every key, shape and number is checked before the model is touched. Raises CorruptFile, UnsafeFile,
+    WrongModel or FileError, naming file and key.
     """
-    path = _located(folder, revision)
+    path = located(folder, revision)
     if (path / RECIPE).exists():
         return _load_own(model, path, name)
+    if adapterhub.recognises(path):
+        return _load_adapterhub(model, path, name)
     if (path / PEFT_CONFIG).exists():
         return _load_peft(model, path, name)
     raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
 
 
-def _located(folder: str | Path, revision: str | None) -> Path:
+def located(folder: str | Path, revision: str | None) -> Path:
+    """The folder itself, or the one that a Hub id was fetched into; FileError where there is neither."""
     path = Path(folder)
     if path.is_dir():
         if revision is not None:
@@ -166,7 +170,7 @@ def _located(folder: str | Path, revision: str | None) -> Path:
         raise FileError(f"{folder} is no folder and no Hub id of the form 'owner/name'.")
     from huggingface_hub import snapshot_download
 
-    wanted = [RECIPE, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS]
+    wanted = [RECIPE, OWN_TENSORS, PEFT_CONFIG, PEFT_TENSORS, *adapterhub.FILES]
     try:
         return Path(snapshot_download(str(folder), revision=revision, allow_patterns=wanted))
     except Exception as error:  # every client error is the user's to act on, whatever its class
@@ -176,7 +180,7 @@ def _located(folder: str | Path, revision: str | None) -> Path:
 def _near(path: Path, folder: str) -> Path:
     """Where a part is: seen from the fusion's folder, or on the Hub."""
     if not folder.startswith("."):
-        return _located(folder, None)
+        return located(folder, None)
     if not (path / folder).is_dir():
         raise FileError(f"{path / folder}, where a part of the fusion in {path} lies, is gone. Put it back.")
     return path / folder
@@ -218,6 +222,15 @@ def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     peft.from_tensors(claims, tensors)
     _verify(claims, path / PEFT_TENSORS)
     return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
+
+
+def _load_adapterhub(model: nn.Module, path: Path, name: str) -> Adapter:
+    found = adapterhub.read(model, path)
+    claims = _claims(model, found.entries, path, found.base)
+    _compare(_own_tensors(claims), found.tensors, found.file, found.base)
+    _fill_own(claims, found.tensors)
+    _verify(claims, found.file)
+    return verbs.install(model, name, claims)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -334,3 +347,23 @@ def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, 
                 f"{file}: {key} is {tuple(found[key].shape)}, and this model needs {tuple(tensor.shape)}; the adapter "
                 f"was made for {_described(base)}."
             )
+
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def base_of(path: Path) -> dict[str, str]:
+    """What a folder says of the model it was made on: `class` and `name_or_path`, where it says so."""
+    if (path / RECIPE).exists():
+        return read_recipe(path).base
+    if not (path / PEFT_CONFIG).exists():
+        raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
+    config = files.read_json(path / PEFT_CONFIG)
+    name = str(config.get("base_model_name_or_path") or config.get("model_name") or "")
+    return {"class": _AUTO.get(str(config.get("task_type")), ""), "name_or_path": name}

@@ -84,12 +84,19 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 128,
     json: Json = False,
 ) -> None:
-    """Answer one prompt, or each line of a file, with an adapter of a language model; always the likeliest words.
+    """Answer one prompt, each line of a file, or a person at a terminal, with an adapter of a language model.
 
-    Example: veneer generate runs/verses/adapter "Thou art mine." --system "Rewrite in modern English."
+    Always the likeliest words. Without a prompt a terminal becomes a chat: /base answers the last question by the base
+    alone, /reset forgets the conversation, /quit ends it.
+
+    Examples: veneer generate runs/verses/adapter "Thou art mine." --system "Rewrite in modern English."; veneer
+    generate runs/verses/adapter
     """
     from veneer.train import using
 
+    if prompt is None and file is None and not json and sys.stdin.isatty():
+        using.chat(adapter, max_new_tokens, system, lambda: input("> "), lambda text: print(text, end="", flush=True))
+        return
     if (prompt is None) == (file is None):
         raise FileError("Give a prompt or --file, one of the two.")
     try:

@@ -55,6 +55,20 @@ def class_of(config: PreTrainedConfig) -> Any:
     return getattr(transformers, (config.architectures or [""])[0], None) or AutoModel
 
 
+def base_of(source: str, class_name: str) -> nn.Module:
+    """The model of a folder or Hub id in the class that an adapter was made on, in the dtype it is stored in.
+
+    An empty class name means the class that its config names; FileError where it cannot be loaded.
+    """
+    config = config_of(source, None)
+    model_class = getattr(transformers, class_name, None) or class_of(config)
+    try:
+        loaded: nn.Module = model_class.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise FileError(f"{source} cannot be loaded as {model_class.__name__}: {_first_line(error)}") from None
+    return loaded
+
+
 def without_weights(config: PreTrainedConfig, model_class: Any) -> nn.Module:
     """The model on the meta device."""
     build = model_class.from_config if hasattr(model_class, "from_config") else model_class

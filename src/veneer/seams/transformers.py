@@ -45,6 +45,23 @@ def head(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def base_prefix_name(model: Any) -> str:
+    """What models with a head call the bare model within them, or the empty string."""
+    return model.base_model_prefix if is_pretrained(model) else ""
+
+
+def base_prefix(model: Any) -> str:
+    """What the paths of the bare model begin with in this one: `model.` below a head, nothing in the bare model."""
+    name = base_prefix_name(model)
+    return f"{name}." if name and name in model._modules else ""
+
+
+def width(model: Any) -> int:
+    """How wide the model's residual stream is."""
+    hidden: int = model.config.hidden_size
+    return hidden
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether an attention of the model hides later tokens."""
     return any(getattr(module, "is_causal", False) is True for module in model.modules())

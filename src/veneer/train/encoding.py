@@ -46,6 +46,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[
     return _ids(tokenizer, _render(tokenizer, example.question(), open_answer=True))
 
 
+def encode_turns(tokenizer: PreTrainedTokenizerBase, chat: Sequence[dict[str, str]]) -> list[int]:
+    """The token ids after which the model should write its answer to the last of several turns."""
+    return _ids(tokenizer, _render(tokenizer, chat, open_answer=True))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example) -> Encoded:
     """The token ids of prompt and answer, up to the end of the assistant's turn, and their labels."""
     opening = _render(tokenizer, example.question(), open_answer=True)

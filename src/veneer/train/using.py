@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import veneer
 from veneer.errors import FileError, RecipeError
 from veneer.train import models, recipe
+from veneer.train.chatting import Chat, converse
 from veneer.train.data import prepare
 from veneer.train.encoding import Example, encode_prompt
 from veneer.train.evaluate import write
@@ -60,9 +61,22 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
 
 def answer(adapter: Path, prompts: Sequence[str], max_new_tokens: int, system: str | None = None) -> list[str]:
     """What the adapted model writes to each prompt, greedily; `system` is the recipe's where it is None."""
+    model, tokenizer, system = _writer(adapter, system)
+    encoded = [encode_prompt(tokenizer, Example(prompt, "", system)) for prompt in prompts]
+    return write(model, tokenizer, encoded, max_new_tokens=max_new_tokens)
+
+
+def chat(
+    adapter: Path, max_new_tokens: int, system: str | None, read: Callable[[], str], say: Callable[[str], None]
+) -> None:
+    """A conversation with the adapted model: it reads questions until there are no more, and says the answers."""
+    model, tokenizer, system = _writer(adapter, system)
+    converse(Chat(model, tokenizer, system, max_new_tokens, say), read)
+
+
+def _writer(adapter: Path, system: str | None) -> tuple[Any, Any, str]:
+    """(model, tokenizer, system message) of an adapter of a language model."""
     found, model, tokenizer = opened(adapter)
     if found.record is None or found.record.task != "causal":
         raise FileError(f"{adapter} does not adapt a model that writes. Measure it with: veneer eval {adapter}")
-    system = (found.data.system or "") if system is None else system
-    encoded = [encode_prompt(tokenizer, Example(prompt, "", system)) for prompt in prompts]
-    return write(model, tokenizer, encoded, max_new_tokens=max_new_tokens)
+    return model, tokenizer, (found.data.system or "") if system is None else system
