@@ -49,6 +49,11 @@ def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):
     for told in (["--system", "Another voice."], []):
         assert run(monkeypatch, capsys, "generate", adapter, "thou 3", *told, "--max-new-tokens", 4)[0] == 0
     assert asked == ["Another voice.", ""]
+    kept = tmp_path / "out" / "checkpoints" / "checkpoint-6"
+    found = json.loads(run(monkeypatch, capsys, "inspect", kept, "--json")[1])
+    assert (found["step"], found["of"], found["state"].split(":")[0]) == (6, 6, "whole")
+    (kept / "trainer_state.json").write_text('{"global_step": 6}', encoding="utf-8")
+    assert "damaged: trainer_state.json" in run(monkeypatch, capsys, "inspect", kept)[1]
     code, _, err = run(monkeypatch, capsys, "train", recipe, f"output={tmp_path / 'out'}")
     assert code == 2
     output = tmp_path / "out"

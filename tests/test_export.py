@@ -197,3 +197,64 @@ def test_the_command_checks_writes_and_merges(saved, tmp_path, monkeypatch, caps
 def test_a_mistake_is_a_sentence_and_exit_code_2(saved, monkeypatch, capsys, words, message):
     code, _, err = run(monkeypatch, capsys, "export", saved[0], *words)
     assert (code, message in err) == (2, True)
+
+
+class Hub:
+    """What is asked of the Hub, which is not there in tests."""
+
+    uploads: list = []  # noqa: RUF012
+    refuses = False
+
+    def create_repo(self, name, *, private, exist_ok):
+        if self.refuses:
+            raise ConnectionError("401 Unauthorized")
+        assert private
+        assert exist_ok
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        self.uploads.append((repo_id, {path.name: path.read_bytes() for path in folder_path.iterdir()}))
+
+
+def test_an_exported_folder_goes_onto_the_hub_with_a_card(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr(Hub, "uploads", [])
+    (tmp_path / "report.json").write_text('{"before": {"loss": 2.5}, "metrics": {"loss": 1.25}}', encoding="utf-8")
+    words = ["export", saved[0], "--to", "peft", "--output", tmp_path / "out", "--push"]
+    code, out, _ = run(monkeypatch, capsys, *words, "me/old-english")
+    ((name, sent),) = Hub.uploads
+    assert (code, name, "Uploaded to https://hub/me/old-english." in out) == (0, "me/old-english", True)
+    assert sorted(sent) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    card = sent["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: peft\ntags: [veneer]\n---\n\n# old-english\n")
+    assert "| loss | 2.5 | 1.25 |" in card
+    assert 'veneer.load(model, "me/old-english")' in card
+    monkeypatch.setattr(Hub, "refuses", True)
+    words[5] = tmp_path / "second"
+    code, _, err = run(monkeypatch, capsys, *words, "me/old-english")
+    assert (code, "uploading it to me/old-english failed: 401 Unauthorized" in err) == (2, True)
+    assert (tmp_path / "second" / "adapter_config.json").exists()
+
+
+def test_a_hub_id_is_loaded_at_its_revision(tmp_path, monkeypatch):
+    model, adapter = made(veneer.LoRA(rank=2))
+    folder = veneer.save(adapter, tmp_path / "saved")
+    asked = []
+
+    def fetched(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        assert {"veneer.json", "adapter_config.json", "adapter_model.safetensors"} <= set(allow_patterns)
+        if revision == "gone":
+            raise ConnectionError("404 Not Found")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    again = FAMILIES["llama"].model()
+    veneer.load(again, "me/old-english", revision="v2")
+    assert asked == [("me/old-english", "v2")]
+    with torch.no_grad():
+        assert torch.equal(logits(again, text()), logits(model, text()))
+    with pytest.raises(errors.FileError, match="fetching it from the Hub failed: 404"):
+        veneer.load(again, "me/old-english", name="b", revision="gone")
+    with pytest.raises(errors.FileError, match="has no revision 'v2'"):
+        veneer.load(again, folder, name="b", revision="v2")

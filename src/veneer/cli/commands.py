@@ -19,7 +19,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    epilog="First: [bold]veneer demo --quick[/bold]. Exit codes: 0 done, 2 a mistake to mend.",
+    epilog="First: [bold]veneer demo --quick[/bold]. Exit codes: 0 done, 1 a server would not take it "
+    "(export --check), 2 a mistake to mend, 130 stopped by a signal.",
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs instead of text.")]
 
@@ -52,12 +53,13 @@ def demo(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="An adapter's folder, or a transformers model's folder.")],
+    path: Annotated[Path, typer.Argument(help="An adapter's folder, a checkpoint's, or a transformers model's.")],
     json: Json = False,
 ) -> None:
-    """Show what an adapter's folder holds, or draw a model: one block of each kind, its sublayers and roles.
+    """Show what an adapter's or a checkpoint's folder holds, or draw a model: one block of each kind and its roles.
 
-    Examples: veneer inspect runs/demo/adapter; veneer inspect runs/demo/merged
+    Examples: veneer inspect runs/demo/adapter; veneer inspect runs/x/checkpoints/checkpoint-20; veneer inspect
+    runs/demo/merged
     """
     if (path / "veneer.json").exists():
         found = _adapter(path)
@@ -69,14 +71,38 @@ def inspect(
         found = diagram.describe(loading.without_weights(config, loading.class_of(config)))
         if stored := loading.stored_bits(path):
             found["nf4"] = {"weights": stored[0], "bits": stored[1]}
+    elif (path / "checksums.json").exists():
+        found = _checkpoint(path)
     else:
-        raise FileError(f"{path} is neither an adapter's folder (veneer.json) nor a model's (config.json).")
+        raise FileError(
+            f"{path} is neither an adapter's folder (veneer.json), nor a checkpoint's (checksums.json), nor a model's "
+            "(config.json)."
+        )
     if json:
         print(json_text.dumps(found))
     elif "blocks" in found:
         print("\n".join(diagram.lines(found)))
     else:
         _print(str(path), found)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    """Where a run was at a checkpoint, and whether its files are whole."""
+    from veneer import files
+    from veneer.train.checkpoint import wrong
+
+    state = files.read_json(path / "trainer_state.json")
+    log = state.get("log_history") or []
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    damage = wrong(path)
+    return {
+        "step": state.get("global_step"),
+        "of": state.get("max_steps"),
+        "epoch": state.get("epoch"),
+        "last loss": f"{losses[-1][1]:.4g} at step {losses[-1][0]}" if losses else "none logged yet",
+        "state": f"damaged: {damage}; resuming passes it over" if damage else "whole: veneer train RECIPE --resume",
+        "files": {one.name: f"{one.stat().st_size:,} bytes" for one in sorted(path.iterdir())},
+    }
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 import veneer
+from veneer import hub
 from veneer.cli.commands import Json, app
 from veneer.errors import FileError
 from veneer.exporting import To
@@ -39,6 +40,7 @@ def export(
     drop_whole: Annotated[
         bool, typer.Option("--drop-whole", help="Leave out what was trained whole: heads, biases, norms.")
     ] = False,
+    push: Annotated[str | None, typer.Option(help="Upload what was written, with a model card: owner/name.")] = None,
     json: Json = False,
 ) -> None:
     """Write an adapter for another program, or check what that program would not take of it.
@@ -53,6 +55,8 @@ def export(
         raise FileError("Give --to with --output to write, --check to check, or both.")
     if (to is None) != (output is None):
         raise FileError("--to and --output go together: what to write, and where.")
+    if to is None and push is not None:
+        raise FileError("--push uploads what was written. Give --to and --output as well.")
     if to is None and (lora_rank is not None or pad_rank or drop_whole or model is not None):
         raise FileError("--model, --lora-rank, --pad-rank and --drop-whole change what is written. Give --to as well.")
     if to == "merged" and check is not None:
@@ -70,6 +74,8 @@ def export(
             drop_whole=drop_whole,
         )
         done = {"output": str(written.folder), "to": to, "errors": dict(written.errors)}
+        if push is not None:
+            done["url"] = hub.push(output, push, source=Path(adapter) if Path(adapter).is_dir() else None)
     found = None if check is None else veneer.refusals(output or adapter, cast(Server, check))
     if found is not None:
         done |= {"server": check, "findings": [asdict(one) for one in found]}
@@ -101,6 +107,8 @@ def _text(done: dict[str, Any]) -> str:
     lines = []
     if "output" in done:
         lines.append(f"{done['output']} holds the adapter for {done['to']}.")
+        if "url" in done:
+            lines.append(f"Uploaded to {done['url']}.")
         errors = done["errors"]
         if errors:
             worst = max(errors, key=errors.__getitem__)

@@ -94,10 +94,10 @@ def newest(folder: Path, say: Callable[[str], object]) -> Path | None:
     """The last checkpoint whose checksums hold; what is passed over is said, with the reason."""
     for step in reversed(steps(folder)):
         place = folder / f"checkpoint-{step}"
-        wrong = _wrong(place)
-        if wrong is None:
+        damage = wrong(place)
+        if damage is None:
             return place
-        say(f"{place} is damaged ({wrong}); going on from the one before.")
+        say(f"{place} is damaged ({damage}); going on from the one before.")
     return None
 
 
@@ -109,7 +109,8 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdigit())
 
 
-def _wrong(place: Path) -> str | None:
+def wrong(place: Path) -> str | None:
+    """What is damaged about a checkpoint, by its checksums; None where it is whole."""
     try:
         sums = json.loads((place / SUMS).read_text(encoding="utf-8"))
         for name, sum_ in sums.items():
