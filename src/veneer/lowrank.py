@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from veneer.delta import After, Delta, Place, Weight, compute_dtype
 from veneer.layers import Matrix
 from veneer.ops import lora
-from veneer.ops.dropout import NONE, Dropout, draw
+from veneer.ops.dropout import Dropout, drawn
 
 
 class Pair(Delta):
@@ -102,11 +102,6 @@ class Inside(Pair, Weight):
 
     def forward(self, w: Tensor) -> Tensor:
         return self.merge(w)
-
-
-def drawn(module: nn.Dropout, x: Tensor) -> Dropout:
-    """What a dropout drops of x now."""
-    return draw(x, module.p) if module.training and module.p and x.is_floating_point() else NONE
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from veneer.ops import lora_cpu
 
@@ -53,6 +53,11 @@ def draw(x: Tensor, p: float) -> Dropout:
     """
     threshold = min(round(p * LANES), LANES - 1)
     return Dropout(torch.randint(0, 1 << 62, (), device=x.device), threshold) if threshold else NONE
+
+
+def drawn(module: nn.Dropout, x: Tensor) -> Dropout:
+    """What a dropout drops of x at this call: nothing in evaluation, or of whole numbers."""
+    return draw(x, module.p) if module.training and module.p and x.is_floating_point() else NONE
 
 
 def words(seed: Tensor, count: int) -> Tensor:

@@ -6,11 +6,13 @@ keeps it, share; A and B are the parameters; dropout's mask is computed again fr
 the layer's answer y and sum in float32; `up` adds y within that sum. None is wider than a layer: (G·B)·A for the
 gradient of x, (G·B)ᵀ·x for that of A.
 
-Each is an ordinary differentiable function, and so is its backward.
+Each is an ordinary differentiable function, and so is its backward. Functions are written with `ctx` in forward: with
+`setup_context` torch looks up a signature at each call, which takes several times as long as the products of one token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -35,14 +37,12 @@ def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: Dr
 
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: Dropout = NONE) -> Tensor:
     """A(dropout(x)) in a dtype, [*, rank], not yet scaled. Keeps x as it came, and nothing where A is frozen."""
-    h: Tensor = _run(_Down, x, A, dtype, dropout.seed, dropout.threshold)
-    return h
+    return _run(_Down, _down, x, A, dtype, dropout.seed, dropout.threshold)
 
 
 def up(h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
     """y + scale·h·Bᵀ, rounded once. Keeps h."""
-    out: Tensor = _run(_Up, h, y, B, scale)
-    return out
+    return _run(_Up, _up, h, y, B, scale)
 
 
 def turned(h: Tensor, y: Tensor, B: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -51,27 +51,25 @@ def turned(h: Tensor, y: Tensor, B: Tensor, g: Tensor, bias: Tensor | None, scal
     Keeps h and the answer, which what follows often keeps too, in place of y: the gradient of g needs the sum in
     brackets, which is (answer - bias) / g. An output whose g is zero gives it none.
     """
-    out: Tensor = _run(_Turned, h, y, B, g, bias, scale)
-    return out
+    return _run(_Turned, _turned, h, y, B, g, bias, scale)
 
 
 def scaled(h: Tensor, y: Tensor, d: Tensor, B: Tensor, b: Tensor, scale: float) -> Tensor:
     """y + scale·b·((d·h)·Bᵀ) with vectors d [rank] and b [out]. Keeps h."""
-    out: Tensor = _run(_Scaled, h, y, d, B, b, scale)
-    return out
+    return _run(_Scaled, _scaled, h, y, d, B, b, scale)
 
 
-def _run(function: type[Function], *inputs: Any) -> Any:
-    return function.apply(*inputs) if torch.is_grad_enabled() else function.forward(*inputs)
+def _run(function: type[Function], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """`function` where gradients are wanted of it, else `plain`, which it computes; torch.func differentiates that."""
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and (compiling or not lora_cpu.transforms()):
+        found: Tensor = function.apply(*inputs)
+        return found
+    return plain(*inputs)
 
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _added(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
-    with _exact(y):
-        return torch.addmm(_rows(y), _rows(h), B.to(y.dtype).T, alpha=scale).view(y.shape)
 
 
 def _exact(y: Tensor) -> AbstractContextManager[Any]:
@@ -80,17 +78,19 @@ def _exact(y: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def _down(x: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
+    with _exact(x):
+        return Dropout(seed, threshold)(x).to(dtype) @ A.to(dtype).T
+
+
 class _Down(Function):
     @staticmethod
-    def forward(x: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
-        with _exact(x):
-            return Dropout(seed, threshold)(x).to(dtype) @ A.to(dtype).T
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _down(*inputs)
         x, A, _, seed, ctx.threshold = inputs
         ctx.dtype = x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, A, seed)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> Gradients:
@@ -104,15 +104,18 @@ class _Down(Function):
         return dx, dA, None, None, None
 
 
+def _up(h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
+    with _exact(y):
+        return torch.addmm(_rows(y), _rows(h), B.to(y.dtype).T, alpha=scale).view(y.shape)
+
+
 class _Up(Function):
     @staticmethod
-    def forward(h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
-        return _added(y, h, B, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _up(*inputs)
         h, _, B, ctx.scale = inputs
         ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, B)
+        return output
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Gradients:
@@ -130,17 +133,19 @@ def _outer(G: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return (_rows(h).T @ _rows(G)).T.to(B.dtype, memory_format=torch.contiguous_format)
 
 
+def _turned(h: Tensor, y: Tensor, B: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    plain = y if bias is None else y - bias.to(y.dtype)
+    return _up(h, torch.addcmul(y, (g - 1).to(y.dtype), plain), g.unsqueeze(1) * B, scale)
+
+
 class _Turned(Function):
     @staticmethod
-    def forward(h: Tensor, y: Tensor, B: Tensor, g: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        plain = y if bias is None else y - bias.to(y.dtype)
-        return _added(torch.addcmul(y, (g - 1).to(y.dtype), plain), h, g.unsqueeze(1) * B, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _turned(*inputs)
         h, _, B, g, bias, ctx.scale = inputs
         needs = ctx.needs_input_grad
         ctx.save_for_backward(h if needs[2] else None, output if needs[3] else None, B, g, bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Gradients:
@@ -161,15 +166,17 @@ class _Turned(Function):
         return dh, dy, dB, dg, db, None
 
 
+def _scaled(h: Tensor, y: Tensor, d: Tensor, B: Tensor, b: Tensor, scale: float) -> Tensor:
+    return _up(h * d.to(h.dtype), y, b.unsqueeze(1) * B, scale)
+
+
 class _Scaled(Function):
     @staticmethod
-    def forward(h: Tensor, y: Tensor, d: Tensor, B: Tensor, b: Tensor, scale: float) -> Tensor:
-        return _added(y, h * d.to(h.dtype), b.unsqueeze(1) * B, scale)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _scaled(*inputs)
         h, _, d, B, b, ctx.scale = inputs
         ctx.save_for_backward(h, d, B, b)
+        return output
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Gradients:

@@ -5,6 +5,7 @@ widest that the machine has is taken when the program runs. Plain C ABI, called 
 
 #include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -91,6 +92,23 @@ ALWAYS_INLINE float dot(const float *a, const float *b, int64_t count) {
     return sum;
 }
 
+/* to = B(h), eight columns of B at a time. */
+ALWAYS_INLINE void grow(const float *restrict h, const float *restrict B, float *restrict to, int64_t out, int64_t rank) {
+    for (int64_t o = 0; o < out; o++) to[o] = 0;
+    int64_t r = 0;
+    for (; r + 8 <= rank; r += 8) {
+        const float h0 = h[r], h1 = h[r + 1], h2 = h[r + 2], h3 = h[r + 3];
+        const float h4 = h[r + 4], h5 = h[r + 5], h6 = h[r + 6], h7 = h[r + 7];
+        for (int64_t o = 0; o < out; o++) {
+            const float *b = B + o * rank + r;
+            to[o] += ((b[0] * h0 + b[1] * h1) + (b[2] * h2 + b[3] * h3)) +
+                     ((b[4] * h4 + b[5] * h5) + (b[6] * h6 + b[7] * h7));
+        }
+    }
+    for (; r < rank; r++)
+        for (int64_t o = 0; o < out; o++) to[o] += B[o * rank + r] * h[r];
+}
+
 ALWAYS_INLINE void beside(const Beside *task, float *h, float *wide) {
     for (int64_t t = 0; t < task->tokens; t++) {
         const float *x = (const float *)task->x + t * task->in;
@@ -100,16 +118,16 @@ ALWAYS_INLINE void beside(const Beside *task, float *h, float *wide) {
             x = wide;
         }
         for (int64_t r = 0; r < task->rank; r++) h[r] = dot(x, task->A + r * task->in, task->in) * task->scale;
-        for (int64_t o = 0; o < task->out; o++) {
-            const float *b = task->B + o * task->rank;
-            float sum = 0;
-            int64_t r = 0, at = t * task->out + o;
-            for (; r + 8 <= task->rank; r += 8)
-                sum += ((b[r] * h[r] + b[r + 1] * h[r + 1]) + (b[r + 2] * h[r + 2] + b[r + 3] * h[r + 3])) +
-                       ((b[r + 4] * h[r + 4] + b[r + 5] * h[r + 5]) + (b[r + 6] * h[r + 6] + b[r + 7] * h[r + 7]));
-            for (; r < task->rank; r++) sum += b[r] * h[r];
-            if (task->dtype == FLOAT32) ((float *)task->to)[at] = ((const float *)task->y)[at] + sum;
-            else ((uint16_t *)task->to)[at] = to_bfloat16(from_bfloat16(((const uint16_t *)task->y)[at]) + sum);
+        grow(h, task->B, wide, task->out, task->rank);
+        int64_t at = t * task->out;
+        if (task->dtype == FLOAT32) {
+            const float *restrict y = (const float *)task->y + at;
+            float *restrict to = (float *)task->to + at;
+            for (int64_t o = 0; o < task->out; o++) to[o] = y[o] + wide[o];
+        } else {
+            const uint16_t *restrict y = (const uint16_t *)task->y + at;
+            uint16_t *restrict to = (uint16_t *)task->to + at;
+            for (int64_t o = 0; o < task->out; o++) to[o] = to_bfloat16(from_bfloat16(y[o]) + wide[o]);
         }
     }
 }
@@ -163,9 +181,13 @@ void veneer_drop(const void *from, void *to, int64_t count, uint64_t seed, uint3
     for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
 }
 
-/* y + scale * B(A(x)) with A and B in float32, summed in float32; `h` has room for rank + in numbers. */
-void veneer_beside(const void *x, const void *y, const float *A, const float *B, void *to, float *h, int64_t tokens,
-                   int64_t in, int64_t out, int64_t rank, float scale, int32_t dtype) {
+/* y + scale * B(A(x)) with A and B in float32, summed in float32; 0 where there is no memory for it. */
+int veneer_beside(const void *x, const void *y, const float *A, const float *B, void *to, int64_t tokens, int64_t in,
+                  int64_t out, int64_t rank, float scale, int32_t dtype) {
     Beside task = {x, y, A, B, to, tokens, in, out, rank, scale, dtype};
-    beside_best(&task, h, h + rank);
+    float *room = malloc(sizeof(float) * (size_t)(rank + (in > out ? in : out)));
+    if (!room) return 0;
+    beside_best(&task, room, room + rank);
+    free(room);
+    return 1;
 }

@@ -15,6 +15,8 @@ FEW = 8
 """Tokens up to which calling torch's products takes longer than what they compute."""
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
 """Dtypes of activations by their number in the C file."""
+_KINDS = Tensor, Tensor, nn.Parameter, nn.Parameter
+"""What `beside` can read by its memory."""
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -24,13 +26,23 @@ def _library() -> ctypes.CDLL | None:
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)
-    library.veneer_drop.restype = library.veneer_beside.restype = None
+    library.veneer_drop.restype = None
     library.veneer_drop.argtypes = (
         *(_POINTER, _POINTER, _INTEGER),
         *(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, _INTEGER),
     )
-    library.veneer_beside.argtypes = (*[_POINTER] * 6, *[_INTEGER] * 4, ctypes.c_float, ctypes.c_int32)
     return library
+
+
+@functools.cache
+def _beside() -> Any:
+    """The function for few tokens, by a way that keeps the interpreter's lock: to let go of it takes longer."""
+    library = _library()
+    if library is None:
+        return None
+    function = ctypes.PyDLL(library._name).veneer_beside
+    function.argtypes = (*[_POINTER] * 5, *[_INTEGER] * 4, ctypes.c_float, ctypes.c_int32)
+    return function
 
 
 def missing() -> str | None:
@@ -40,7 +52,7 @@ def missing() -> str | None:
 
 def fits(x: Tensor) -> bool:
     """Whether `drop` can read this tensor: a plain one on a CPU, of any dtype of 2, 4 or 8 bytes."""
-    plain = (type(x) is Tensor or type(x) is nn.Parameter) and x.is_cpu and not _transforms()
+    plain = (type(x) is Tensor or type(x) is nn.Parameter) and x.is_cpu and not transforms()
     return plain and x.itemsize > 1 and not x.is_complex() and _library() is not None
 
 
@@ -55,26 +67,23 @@ def drop(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
 
 def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
     """y + scale·B(A(x)) for a few tokens, summed in float32 and rounded once; None where this is not for them."""
-    number = _NUMBERS.get(y.dtype)
-    width = x.shape[-1]
-    tokens = x.numel() // width if width else 0
-    if number is None or not 0 < tokens <= FEW or x.dtype is not y.dtype or type(x) is not Tensor:
+    dtype, width, kinds = y.dtype, x.shape[-1], (type(x), type(y), type(A), type(B))
+    if kinds != _KINDS or x.numel() > FEW * width or dtype not in _NUMBERS or x.dtype is not dtype or not x.numel():
         return None
-    if type(y) is not Tensor or type(A) is not nn.Parameter or type(B) is not nn.Parameter or not x.is_cpu:
+    if not (A.dtype is B.dtype is torch.float32 and x.is_cpu and y.is_cpu and A.is_cpu and B.is_cpu):
         return None
-    library = _library()
-    if library is None or A.dtype is not torch.float32 or B.dtype is not torch.float32 or not (A.is_cpu and B.is_cpu):
+    if not (x.is_contiguous() and y.is_contiguous() and A.is_contiguous() and B.is_contiguous()):
         return None
-    if not (x.is_contiguous() and y.is_contiguous() and A.is_contiguous() and B.is_contiguous()) or _transforms():
+    function = _beside()
+    if function is None or transforms():
         return None
-    rank = A.shape[0]
-    to, room = torch.empty_like(y), torch.empty(rank + width, dtype=torch.float32)
-    pointers = x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr(), room.data_ptr()
-    library.veneer_beside(*pointers, tokens, width, y.shape[-1], rank, scale, number)
-    return to
+    to = torch.empty_like(y)
+    pointers = x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr()
+    done = function(*pointers, x.numel() // width, width, y.shape[-1], A.shape[0], scale, _NUMBERS[dtype])
+    return to if done else None
 
 
-_transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """Within torch.func's transforms tensors have no memory to point to."""
 
 
