@@ -4,7 +4,8 @@
 
 Carrying: one token through linears in float32 and bfloat16, without gradients; a call's time over the bare layer's.
 Attaching and loading: models of ever more small linears; the time a linear stays the same where it is linear in all.
-Switching: from one of two attached adapters to the other. Everything is the least of its rounds, peer and own by turns.
+Switching: from one of two attached adapters to the other. Everything is the least
+of its rounds, peer and own by turns, in seconds of the processor, which other programs touch less than the clock's.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Layers(nn.Module):
 
 
 def seconds(run) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def least(runs: dict, rounds: int) -> dict[str, list[float]]:

@@ -136,7 +136,7 @@ class Site(nn.ModuleDict):
             rows = routes.served(name, batch, self.path)
             if rows == []:
                 continue
-            deltas = lists[name]._modules.values()  # type: ignore[union-attr]  # itself: this runs at every call
+            deltas = lists[name]._modules.values()  # as they lie: this runs at every call
             for delta, binding in zip(deltas, self.bindings[name], strict=True):
                 if isinstance(delta, port) and binding.path not in routes.dropped:
                     yield delta, binding, rows
