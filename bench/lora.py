@@ -81,7 +81,8 @@ def kept(run: Frozen) -> int:
     """Bytes saved for backward, by unique storage, without the model's own."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     mine = [*run.model.parameters(), *run.model.buffers()]
-    own = {t.untyped_storage()._cdata for t in (*mine, *map(fake.from_tensor, mine))}
+    mine += [fake.from_tensor(tensor) for tensor in mine]
+    own = {tensor.untyped_storage()._cdata for tensor in mine}
     storages, alive = {}, []  # alive, so that no storage gets the place of another
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
