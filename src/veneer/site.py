@@ -129,14 +129,16 @@ class Site(nn.ModuleDict):
         self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None
     ) -> Iterator[tuple[Delta, Binding, Rows]]:
         """The deltas that act now at one port, with the rows they act on (None: all)."""
-        for name in self.routes.order:
-            if name not in self.bindings:
+        routes, lists = self.routes, self._modules
+        for name in routes.order if routes.rows is not None else routes.active:
+            if name not in lists:
                 continue
-            rows = self.routes.served(name, batch, self.path)
+            rows = routes.served(name, batch, self.path)
             if rows == []:
                 continue
-            for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port) and binding.path not in self.routes.dropped:
+            deltas = lists[name]._modules.values()  # as they lie: this runs at every call
+            for delta, binding in zip(deltas, self.bindings[name], strict=True):
+                if isinstance(delta, port) and binding.path not in routes.dropped:
                     yield delta, binding, rows
 
 
@@ -284,6 +286,8 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A tensor whose first dimension is the batch: the first that a module was called with, if any."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
@@ -307,13 +311,14 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+    site: Any = module._modules[CHILD]
+    for delta, binding, rows in site.deltas((After, Input), _batch(args, kwargs)):
         if isinstance(delta, Input) and delta.slots:
             continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
-            y = _columns(delta, x, y, binding.spans)
+            y = delta(x, y) if binding.spans is None else _columns(delta, x, y, binding.spans)
         else:
             y = _put(y, 0, rows, _columns(delta, _take(x, 0, rows), _take(y, 0, rows), binding.spans))
         output = y if binding.item is None else _replaced(output, binding.item, y)
