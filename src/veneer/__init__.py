@@ -110,6 +110,7 @@ from veneer.starts import (
 from veneer.store import (
     load,
     save,
+    swap,
 )
 
 __all__ = [
@@ -172,6 +173,7 @@ __all__ = [
     "save",
     "save_quantized",
     "start_prefix",
+    "swap",
     "to_lora",
     "train",
     "unmerge",
