@@ -181,7 +181,8 @@ class _Tiles:
 
 def _pair(deltas: Sequence[After], like: Tensor) -> tuple[Tensor, Tensor]:
     """A [rank, in] and s·B [out, rank] of all deltas of an adapter together, as `like` is stored."""
-    found = [pair for delta in deltas if (pair := delta.pair()) is not None]
+    pairs = [delta.pair() for delta in deltas]
+    found = [pair for pair in pairs if pair is not None]
     A = torch.cat([A for A, _, _ in found]) if len(found) > 1 else found[0][0]
     B = torch.cat([B * scale for _, B, scale in found], dim=1)
     return A.to(like.dtype), B.to(like.dtype)
