@@ -84,6 +84,7 @@ from veneer.methods import (
     VeRA,
 )
 from veneer.optim import (
+    FlatAdamW,
     PagedAdamW,
     optimizer,
 )
@@ -126,6 +127,7 @@ __all__ = [
     "Delta",
     "DoRA",
     "Drift",
+    "FlatAdamW",
     "FullFineTuning",
     "Gated",
     "HiRA",
