@@ -64,6 +64,7 @@ def entries(task: Task, steps: int) -> dict[str, Entry]:
         "Houlsby": Entry(veneer.BottleneckAdapter.houlsby(width=64), 2e-3, SUBLAYERS),
         "Pfeiffer": Entry(veneer.BottleneckAdapter.pfeiffer(), 2e-3, "mlp"),
         "parallel adapter": Entry(veneer.BottleneckAdapter.parallel(), 1e-4, "mlp"),
+        "parallel adapter, width 48": Entry(mam["mlp"], 2e-3, "mlp"),
         "Compacter": Entry(veneer.Compacter(), 3e-3, SUBLAYERS),
         "invertible adapter": Entry(veneer.InvertibleAdapter(), 5e-3, "embedding"),
         "BitFit": Entry(veneer.BitFit(), 1e-3, "bert"),
@@ -77,6 +78,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="sentences to judge by (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of short sentences: does every method run?")
     parser.add_argument("--only", nargs="*", help="names of methods; all by default")
     parser.add_argument("--out", type=Path, help="append the results there as lines of JSON")
@@ -89,7 +91,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """One row a method, printed when it is done."""
-    steps, held_out, longest = (3, 50, 12) if options.quick else (options.steps, HELD_OUT, LONGEST)
+    steps, held_out, longest = (3, 50, 12) if options.quick else (options.steps, options.held_out, LONGEST)
     task = Task(steps, held_out, longest)
     frozen, before = task.judge(task.model(), task.held_out).right, task.judge(task.model(), task.validation).loss
     print(f"Frozen features: {_interval(frozen)} of {held_out} held-out sentences. {steps} steps of {BATCH}.")

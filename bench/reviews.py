@@ -99,7 +99,7 @@ class Task:
 
     def __init__(self, steps: int, held_out: int = HELD_OUT, longest: int = 512, seed: int = SEED) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
-        training, judged = sentiment.load(HELD_OUT, SEED)
+        training, judged = sentiment.load(max(HELD_OUT, held_out), SEED)
         training = [s for s in training if len(self.tokenizer(s.text)["input_ids"]) <= longest]
         validation, training = training[:VALIDATION], training[VALIDATION:]
         order = random.Random(seed)
