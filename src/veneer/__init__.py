@@ -105,6 +105,9 @@ from veneer.routing import (
 from veneer.seams.checkpointing import (
     checkpoint_activations,
 )
+from veneer.seams.loss import (
+    chunk_loss,
+)
 from veneer.starts import (
     start_prefix,
 )
@@ -161,6 +164,7 @@ __all__ = [
     "calibrate",
     "check",
     "checkpoint_activations",
+    "chunk_loss",
     "combine",
     "count_parameters",
     "dequantize",
