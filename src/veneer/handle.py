@@ -16,6 +16,7 @@ from veneer.counting import count_parameters
 from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
 from veneer.originals import Original
+from veneer.refilling import Refill
 from veneer.site import Routes
 
 STATE = "_veneer"
@@ -53,6 +54,12 @@ class Adapter:
         self.also_train = tuple(also_train)
         self.originals: list[Original] = []
         self.attached = True
+        self.refill: Refill | None = None
+        """What takes in the files of other adapters of the same recipe, once one has been."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own to refill."""
+        return {**vars(self), "refill": None}
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(type(claim.method).__name__ for claim in self.claims)

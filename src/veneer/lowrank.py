@@ -65,6 +65,17 @@ class Beside(Pair, After):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.change(x, y, drawn(self.dropout, x))
 
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """A and B of all parts together, unless dropout or a subclass has its own way with x and y."""
+        plain = isinstance(self.map, Matrix) and type(self).change is Beside.change
+        if not plain or (self.training and self.dropout.p):
+            return None
+        (A, B, sign), *rest = self.parts()
+        if rest:
+            A = torch.cat([A, *(other for other, _, _ in rest)])
+            B = torch.cat([B, *(other * (sign * turn) for _, other, turn in rest)], dim=1)
+        return A, B, sign * self.scale
+
     def change(self, x: Tensor, y: Tensor, dropout: Dropout) -> Tensor:
         """The base's answer y with the pair in it."""
         parts = self.parts()
