@@ -84,6 +84,7 @@ from veneer.methods import (
     VeRA,
 )
 from veneer.optim import (
+    FlatAdamW,
     PagedAdamW,
     optimizer,
 )
@@ -104,12 +105,16 @@ from veneer.routing import (
 from veneer.seams.checkpointing import (
     checkpoint_activations,
 )
+from veneer.seams.loss import (
+    chunk_loss,
+)
 from veneer.starts import (
     start_prefix,
 )
 from veneer.store import (
     load,
     save,
+    swap,
 )
 
 __all__ = [
@@ -125,6 +130,7 @@ __all__ = [
     "Delta",
     "DoRA",
     "Drift",
+    "FlatAdamW",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -158,6 +164,7 @@ __all__ = [
     "calibrate",
     "check",
     "checkpoint_activations",
+    "chunk_loss",
     "combine",
     "count_parameters",
     "dequantize",
@@ -172,6 +179,7 @@ __all__ = [
     "save",
     "save_quantized",
     "start_prefix",
+    "swap",
     "to_lora",
     "train",
     "unmerge",

@@ -84,7 +84,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
     checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
-        routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
+        routes.route(model, [in_order(state, [*row, adapter.name]) for row in routes.rows])
     torch.compiler.reset()
 
 
@@ -134,6 +134,8 @@ def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
         if requantize:
             for quantize in again:
                 quantize()
+        elif unpacked:
+            checkpoints.unpacked(adapter.model)
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
@@ -145,9 +147,12 @@ def _owners(adapter: Adapter) -> list[Place]:
 
 
 def _restore(adapter: Adapter) -> None:
+    packed = any(isinstance(original, Storage) for original in adapter.originals)
     for original in reversed(adapter.originals):
         original.restore()
     adapter.originals.clear()
+    if packed:
+        checkpoints.unpacked(adapter.model)
 
 
 def activations_dtype(model: nn.Module) -> torch.dtype:
@@ -227,7 +232,8 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     Raises AdapterError where it is not merged, or another adapter was merged after it.
     """
     adapter = handle(model, adapter)
-    merged = state_of(model).routes.merged
+    routes = state_of(model).routes
+    merged = routes.merged
     if adapter.name not in merged:
         raise AdapterError(f"Adapter '{adapter.name}' is not merged.")
     if merged[-1] != adapter.name:
@@ -235,6 +241,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
+    routes.route(model, routes.rows)
     checkpoints.merged(model, bool(merged))
     torch.compiler.reset()
 

@@ -10,6 +10,7 @@ import torch
 
 from veneer.errors import OptimizerError, closest
 from veneer.handle import Adapter
+from veneer.optim.flat import FlatAdamW
 from veneer.optim.paged import PagedAdamW
 
 PAGED_FROM = 100_000
@@ -24,6 +25,7 @@ def optimizer(
     | name | class | states of float32 parameters |
     |---|---|---|
     | `adamw` | torch's `AdamW` | on the device, 8 bytes each |
+    | `flat` | `FlatAdamW`, one call for all tensors | on the device, 8 bytes each |
     | `paged` | `PagedAdamW` | in the host's memory or on disk, 8 bytes each |
     | `paged-bitsandbytes` | bitsandbytes' `PagedAdamW` | CUDA's unified memory, if of 100,000 elements or more |
     | `adamw-8bit` | bitsandbytes' `AdamW8bit` | 2 bytes each in tensors of 4,096 elements or more, on a CPU too |
@@ -71,6 +73,7 @@ def _paged_bitsandbytes(adapter: Adapter) -> Any:
 
 _BUILDERS: dict[str, Callable[[Adapter], Any]] = {
     "adamw": lambda adapter: torch.optim.AdamW,
+    "flat": lambda adapter: FlatAdamW,
     "paged": lambda adapter: PagedAdamW,
     "paged-bitsandbytes": _paged_bitsandbytes,
     "adamw-8bit": lambda adapter: _bitsandbytes("adamw-8bit").AdamW8bit,
