@@ -215,7 +215,7 @@ def reason(row: dict[str, str]) -> str:
         if "reserved" in metric:
             return "how long its longest batch is (the limit is 768 tokens, the mean 210) is not recorded"
         if experiment(row) not in COMPARED:
-            return "a method that Veneer does not have, or one whose options were not matched here (IA3, VeRA, SHiRA, LoRA-FA, tokens)"
+            return "a method that Veneer lacks, or whose options were not matched (IA3, VeRA, SHiRA, …)"
     if source == "litgpt-config-hub":
         if row["n_gpu"] != "1":
             return "several GPUs: how the model was shared out is not recorded"
