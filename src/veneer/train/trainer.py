@@ -9,12 +9,13 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from veneer.errors import Diverged
 from veneer.train import checkpoint
+from veneer.train.tasks import Task
 from veneer.train.watching import Best
 
 ROW = "row_numbers"
@@ -47,12 +48,15 @@ class Collate:
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer that measures with `measure`, groups rows by `lengths`, and keeps the last `keep` checkpoints."""
+    """A Trainer that measures with `measure`, takes the loss of `task`, takes rows as they are or groups them by
+    `lengths`, and keeps the last `keep` checkpoints."""
 
     def __init__(
         self,
         *,
         measure: Callable[[], dict[str, float]],
+        task: Task,
+        shuffle: bool,
         lengths: Sequence[int] | None,
         batch_size: int,
         folder: Path,
@@ -64,6 +68,8 @@ class RecipeTrainer(Trainer):
         super().__init__(**options)
         self.folder = folder
         self.measure = measure
+        self.task = task
+        self.shuffle = shuffle
         self.lengths = lengths
         self.batch_size = batch_size
         self.keep = keep
@@ -72,6 +78,8 @@ class RecipeTrainer(Trainer):
         self.add_callback(best)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        if not self.shuffle and isinstance(self.train_dataset, Numbered):
+            return SequentialSampler(self.train_dataset)
         if self.lengths is None:
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(self.batch_size, lengths=list(self.lengths))
@@ -85,6 +93,15 @@ class RecipeTrainer(Trainer):
             step = self.state.global_step + 1
             raise Diverged(f"The loss became {loss.item()} at step {step}{rows}; {self.advice()}")
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's own loss, where it has one: a mean over the rows of a micro-batch."""
+        if self.task.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.task.loss(model, inputs)
+        return (loss, None) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out figures, with `eval_` before their names."""
