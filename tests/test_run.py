@@ -22,6 +22,7 @@ import veneer
 from veneer.errors import Diverged, MissingSample, RecipeError, RunError, Stopped
 from veneer.train import checkpoint, models, run, using
 from veneer.train import recipe as recipes
+from veneer.train.data import Data, prepare
 from veneer.train.tasks import preference
 
 
@@ -437,7 +438,7 @@ def test_a_head_learns_at_its_own_rate(recipe, tmp_path):
     task = [f"model={recipe.parent / 'bert'}", f"data.path={recipe.parent / 'classes.jsonl'}"]
     result = go(recipe, tmp_path / "out", *task, "training.head_learning_rate=1e-30")
     head = dict(result.adapter.named_parameters())
-    start = {name: p for name, p in result.model.named_parameters() if name.startswith("classifier.")}
+    start = {name: p for name, p in result.model.named_parameters() if name in ("classifier.weight", "classifier.bias")}
     for name, parameter in start.items():
         torch.testing.assert_close(head[f"{name}.0.value"], parameter, rtol=0, atol=1e-20)  # it stays as it started
     assert any(parameter.any() for name, parameter in head.items() if name.endswith("B"))
@@ -505,3 +506,28 @@ def test_the_loss_of_preferences_is_that_of_the_paper(recipe):
     preference.loss(model, batch).backward()
     assert all(parameter.grad.any() for parameter in adapter.parameters())
     assert sum(p.grad is not None for p in model.parameters()) == len(list(adapter.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, about transformers
+def test_the_loss_of_preferences_is_that_of_trl(recipe, tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    place = str(recipe.parent / "model")
+    model, _ = models.base(recipes.Model(name=place), "preference", None)
+    tokenizer = models.processing(recipes.Model(name=place), "preference")
+    dense, _ = models.base(recipes.Model(name=place), "preference", None)  # TRL's own reference, which is a copy
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    rows = prepare(Data(path=str(recipe.parent / "preferences.jsonl"), held_out=0), tokenizer, seed=0)
+    batch = rows.collate([rows.train[row] for row in range(4)])
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", beta=0.3, gradient_checkpointing=False, bf16=False
+    )
+    table = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    trainer = trl.DPOTrainer(model, dense, arguments, train_dataset=table, processing_class=tokenizer)
+    theirs = trainer.compute_loss(model, batch)
+    assert preference.loss(model, batch, 0.3).item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert theirs.item() != pytest.approx(math.log(2), rel=1e-2)
