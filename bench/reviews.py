@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections import Counter
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -112,6 +113,11 @@ class Task:
             )
         self.training = [self._batch(batches[step % len(batches)]) for step in range(steps)]
         self.validation, self.held_out = self._batches(validation), self._batches(judged[:held_out])
+
+    def frequent(self, count: int) -> tuple[int, ...]:
+        """The tokens that stand in most training sentences."""
+        found = Counter(token for batch in self.training for row in batch["input_ids"].tolist() for token in set(row))
+        return tuple(sorted(token for token, _ in found.most_common(count)))
 
     def _batches(self, sentences: list[sentiment.Sentence]) -> list[Batch]:
         ordered = sorted(sentences, key=lambda s: len(s.text))

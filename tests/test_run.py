@@ -168,6 +168,18 @@ def test_a_stopped_run_goes_on_to_the_bit(recipe, tmp_path, monkeypatch, overrid
         go(recipe, tmp_path / "two", *overrides)
 
 
+def test_a_run_goes_on_to_the_bit_from_the_middle_of_a_later_epoch(recipe, tmp_path):
+    """Where the order of the rows is drawn anew, and the dropout of the epochs before has moved all random states."""
+    often = ["training.steps=20", "training.checkpoint_every=3", "training.keep_checkpoints=9"]
+    undisturbed = go(recipe, tmp_path / "one", *often)
+    shutil.copytree(undisturbed.folder, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "adapter")
+    (tmp_path / "two" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-20")
+    assert checkpoint.steps(tmp_path / "two" / "checkpoints")[-1] == 18
+    assert same(undisturbed, go(recipe, tmp_path / "two", *often, resume=True))
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, kills):
     script = Path(small_run.__file__)
@@ -300,6 +312,7 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["training.head_learning_rate=0.1"], "has all its weights, so no head is trained whole"),
         (["data.shuffle=false", "training.group_by_length=true"], "group_by_length makes an order of its own"),
         (["method={AdapterFusion: {parts: [/no/a, /no/b]}}"], "/no/a is no folder of an adapter"),
+        (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
         (["model=/no/where"], "cannot be loaded"),
         (["model.revision=main"], "model.revision is for Hub ids"),
     ],
@@ -369,6 +382,7 @@ ELSEWHERE = {
     "model.revision": "test_what_would_change_nothing_is_refused",
     "training.head_learning_rate": "test_a_head_learns_at_its_own_rate",
     "training.dpo_beta": "test_the_loss_of_preferences_is_that_of_the_paper",
+    "training.parallel": "test_what_would_change_nothing_is_refused",
     "training.micro_batch_size": "test_out_of_memory_takes_smaller_micro_batches_of_the_same_steps",
     "training.gradient_checkpointing": "test_options_that_change_no_weight_change_something_else",
     "training.checkpoint_every": "test_options_that_change_no_weight_change_something_else",
@@ -383,10 +397,18 @@ ELSEWHERE = {
 }
 
 
+OTHER_FILES = {
+    "data.shuffle": "test_run.py",
+    "training.cache_frozen": "test_frozen.py",
+    "training.loss": "test_data.py",
+}
+
+
 def test_every_option_is_shown_to_act():
     sections = {"model": recipes.Model, "training": recipes.Training, "evaluation": recipes.Evaluation}
     options = {f"{name}.{option}" for name, section in sections.items() for option in section.model_fields}
-    assert WEIGHTS.keys() | ELSEWHERE.keys() == options | {"data.shuffle"}  # tests/test_data.py has the others of data
+    assert WEIGHTS.keys() | ELSEWHERE.keys() | OTHER_FILES.keys() == options | {"data.shuffle"}
+    assert all(name in Path(__file__).with_name(file).read_text() for name, file in OTHER_FILES.items())
     assert set(ELSEWHERE.values()) <= globals().keys()
 
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 import veneer
-from veneer.errors import RecipeError
+from veneer.errors import LossError, RecipeError
 from veneer.samples import named
 from veneer.samples.quiet import quiet
+from veneer.seams.loss import ChunkedLoss
 from veneer.train.recipe import Model
 from veneer.train.tasks import TASKS
 
@@ -51,6 +52,20 @@ def _bitsandbytes(quantization: str) -> Any:
     if quantization == "bitsandbytes-8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def chunked(model: Any, asked: str, parallel: str = "ddp") -> ChunkedLoss | str:
+    """The model's loss in chunks, or why it stays whole; `asked` and `parallel` are a recipe's options."""
+    if asked == "whole":
+        return "as the recipe asks"
+    if parallel == "fsdp":
+        return "the head's weights are shared out"
+    try:
+        return veneer.chunk_loss(model)
+    except LossError as reason:
+        if asked == "chunked":
+            raise RecipeError(f"training.loss: {reason}") from None
+        return str(reason)
 
 
 def _loaded(kind: Any, model: Model, **options: Any) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from veneer.errors import RecipeError, RunError
 from veneer.train import checkpoint
 from veneer.train.metrics import WRITTEN
+from veneer.train.processes import processes
 from veneer.train.recipe import Recipe
 from veneer.train.tasks import Task
 
@@ -40,6 +41,25 @@ def refuse_used(folder: Path, resume: bool) -> None:
 def _idle(recipe: Recipe, task: Task) -> list[str]:
     training, evaluation, data = recipe.training, recipe.evaluation, recipe.data
     wrong = []
+    number = processes().num_processes
+    at_once = number * (1 if training.micro_batch_size == "auto" else training.micro_batch_size)
+    if training.batch_size % at_once:
+        wrong.append(
+            f"training.batch_size {training.batch_size} is not divided by what {number} processes compute at once, "
+            f"{at_once}; an optimizer step is made of whole micro-batches in each."
+        )
+    if training.parallel == "fsdp" and number == 1:
+        wrong.append("training.parallel: fsdp needs several processes: torchrun --nproc-per-node 2 -m veneer train ...")
+    if training.parallel == "fsdp" and training.loss == "chunked":
+        wrong.append(
+            "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
+        )
+    if training.cache_frozen and number > 1:
+        wrong.append("training.cache_frozen is for one process: several see other rows in each epoch; leave it out.")
+    if training.cache_frozen and task.name in ("preference", "image_classification", "speech"):
+        wrong.append("training.cache_frozen is for rows of tokens that are seen once a step; leave it out.")
+    if data.streaming and training.cache_frozen:
+        wrong.append("training.cache_frozen needs rows that come again, and data.streaming has none; leave it out.")
     if data.streaming and training.steps is None:
         wrong.append("training.steps is needed with data.streaming: nobody knows how long an epoch is.")
     if data.streaming and training.group_by_length:

@@ -20,17 +20,22 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerState, set_seed
 
 import veneer
+from veneer import sharding
 from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
 from veneer.samples.quiet import quiet
+from veneer.site import Site
 from veneer.train import checkpoint, method_sections, models, tasks
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
+from veneer.train.frozen import FrozenBlocks
 from veneer.train.machine import commit, device, fitting_threads, peak_bytes, versions
 from veneer.train.measure import measure
+from veneer.train.order import Order
+from veneer.train.processes import processes, share_out
 from veneer.train.progress import History, Watch
 from veneer.train.recipe import Recipe, Record
 from veneer.train.refusing import refuse, refuse_metrics, refuse_used
@@ -70,7 +75,10 @@ def train(
     last whole checkpoint, to the bit.
     """
     found = _read(recipe, overrides)
+    several = processes()
     console = console or Console(stderr=True, highlight=False)
+    if not several.is_main_process:
+        console = Console(quiet=True)
     folder = Path(found.output)
     data = found.data
     _, task = recognize(data)
@@ -78,7 +86,7 @@ def train(
         task = "regression"
     refuse(found, tasks.of(task, found.training.dpo_beta))
     signals = Signals()
-    with fitting_threads(), checkpoint.locked(folder), signals.caught_here():
+    with fitting_threads(), checkpoint.locked(folder, several.is_main_process), signals.caught_here():
         refuse_used(folder, resume)
         processing = models.processing(found.model, task)
         prepared = prepare(data, processing, found.training.seed)
@@ -86,7 +94,8 @@ def train(
         run = _Run(found, prepared, processing, console, signals)
         run.settle(resume)
         micro = found.training.micro_batch_size
-        size = found.training.batch_size if micro == "auto" else micro
+        share = found.training.batch_size // several.num_processes
+        size = share if micro == "auto" else micro
         while True:
             try:
                 return run.attempt(size, resume)
@@ -94,8 +103,8 @@ def train(
                 if not _out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0][:100]
-            smaller = next((n for n in range(size - 1, 0, -1) if found.training.batch_size % n == 0), 0)
-            if micro != "auto" or not smaller:
+            smaller = next((n for n in range(size - 1, 0, -1) if share % n == 0), 0)
+            if micro != "auto" or not smaller or several.num_processes > 1:  # the others wait in the middle of a step
                 raise RunError(
                     f"The memory does not hold {size} examples at once ({reason}). Set training.micro_batch_size lower "
                     "or leave it auto, set data.max_length lower, or training.gradient_checkpointing: true."
@@ -186,7 +195,9 @@ class _Run:
                     f"{self.folder} was begun with another recipe: {', '.join(changed)} differ. Go on with "
                     f"{file}, or name another output."
                 )
-        whole.replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+        processes().wait_for_everyone()  # before the first writes what the others have read
+        if processes().is_main_process:
+            whole.replace(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def attempt(self, micro: int, resume: bool) -> Result:
         """Load, attach, train, measure and save, with `micro` examples computed at once."""
@@ -203,6 +214,7 @@ class _Run:
             from veneer.train.data import check_packing
 
             check_packing(model)
+        chunked = models.chunked(model, training.loss, training.parallel)
         held_out, collate, metrics = self.prepared.held_out, self.prepared.collate, recipe.evaluation.metrics
         measured = partial(measure, model, held_out, collate, self.task, micro, metrics)
         before = measured() if held_out is not None else {}
@@ -212,6 +224,7 @@ class _Run:
         start = checkpoint.newest(self.checkpoints, self.console.print) if resume else None
         if start is not None:
             self.console.print(f"Going on from {start}.")
+        torch.manual_seed(training.seed + processes().process_index)  # else all would drop the same units
         with watch.bar, quiet():
             if not (start is not None and self._is_done(start, trainer)):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -226,10 +239,29 @@ class _Run:
         written = score(model, self.processing, held_out, collate, self.task, recipe.evaluation, training.seed)
         figures = (measured() if held_out is not None else {}) | written.metrics
         report = self._report(adapter, trainer, watch.history, before, figures, written, micro)
+        if isinstance(chunked, str):
+            report["loss"] = f"whole: {chunked}"
+        else:
+            report["loss"] = "chunked"
+            chunked.remove()
         self._save(adapter, trainer, report)
-        if best is not None:
+        if best is not None and processes().is_main_process:
             best.unlink()
         return Result(adapter, model, self.processing, self.folder, recipe, figures, before, report)
+
+    def _frozen(self, model: Any) -> FrozenBlocks:
+        """What lies below the adapters, kept; RecipeError where no row comes twice."""
+        rows, prepared = len(self.prepared.train), self.prepared
+        if self.steps * self.recipe.training.batch_size <= rows:
+            raise RecipeError(
+                f"training.cache_frozen: {self.steps} steps of {self.recipe.training.batch_size} see none of {rows} "
+                "rows twice, so nothing kept is ever read. Leave it out, or train more epochs."
+            )
+        found = FrozenBlocks(model, prepared.collate, prepared.train, prepared.train["length"], self.folder)
+        self.console.print(
+            f"What the {found.count} frozen blocks compute is kept on disk while it trains: {found.bytes / 1e6:.1f} MB."
+        )
+        return found
 
     def _is_done(self, start: Path, trainer: RecipeTrainer) -> bool:
         """Whether a checkpoint is the last of its run, whose state the trainer then takes over."""
@@ -244,25 +276,27 @@ class _Run:
         self, model: Any, adapter: veneer.Adapter, micro: int, measured: Any, watch: Watch, best: Path | None
     ) -> RecipeTrainer:
         recipe, training, prepared = self.resolved, self.resolved.training, self.prepared
-        optimizer = veneer.optimizer(
-            adapter,
-            lr=recipe.learning_rate,
-            lora_plus_ratio=training.lora_plus_ratio,
-            head_lr=training.head_learning_rate,
-            weight_decay=training.weight_decay,
-        )
-        lengths = None
-        in_order = recipe.data.streaming or not recipe.data.shuffle
-        if training.group_by_length is not False and not in_order and "length" in prepared.train.column_names:
-            lengths = prepared.train["length"]
+        order = None
+        if not recipe.data.streaming:
+            grouped = training.group_by_length is not False and recipe.data.shuffle
+            lengths = prepared.train["length"] if grouped and "length" in prepared.train.column_names else None
+            rows, seed = len(prepared.train), training.seed
+            order = Order(rows, training.batch_size, lengths, seed, recipe.data.shuffle)
         if training.gradient_checkpointing:
             veneer.checkpoint_activations(model)
+        frozen = self._frozen(model) if training.cache_frozen else None
         trainer = RecipeTrainer(
             measure=measured,
             task=self.task,
-            shuffle=recipe.data.shuffle,
-            lengths=lengths,
-            batch_size=training.batch_size,
+            order=order,
+            make_optimizer=partial(
+                veneer.optimizer,
+                adapter,
+                lr=recipe.learning_rate,
+                lora_plus_ratio=training.lora_plus_ratio,
+                head_lr=training.head_learning_rate,
+                weight_decay=training.weight_decay,
+            ),
             folder=self.checkpoints,
             keep=training.keep_checkpoints,
             advice=lambda: (
@@ -274,7 +308,7 @@ class _Run:
                 output_dir=str(self.checkpoints),
                 max_steps=self.steps,
                 per_device_train_batch_size=micro,
-                gradient_accumulation_steps=training.batch_size // micro,
+                gradient_accumulation_steps=training.batch_size // micro // processes().num_processes,
                 learning_rate=recipe.learning_rate,
                 lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
                 warmup_steps=math.ceil(training.warmup * self.steps),
@@ -288,7 +322,6 @@ class _Run:
             data_collator=Collate(prepared.collate),
             train_dataset=prepared.train if recipe.data.streaming else Numbered(prepared.train),
             eval_dataset=prepared.held_out,
-            optimizers=(optimizer, None),
             callbacks=[
                 AdapterCallback(adapter),
                 self.signals,
@@ -296,7 +329,11 @@ class _Run:
                 *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
             ],
             best=Best(adapter, best, recipe.evaluation.patience),
+            frozen=frozen,
         )
+        if training.parallel == "fsdp":
+            share_out(model)
+            trainer.is_distributed_loading_by_transformers = True  # as of one that was loaded in parts
         trainer.add_callback(Sanity(trainer.advice))
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -332,6 +369,11 @@ class _Run:
         }
 
     def _save(self, adapter: veneer.Adapter, trainer: RecipeTrainer, report: dict[str, Any]) -> None:
+        sites = (module for module in adapter.model.modules() if isinstance(module, Site))
+        sharding.gather(part for one in list(sites) for part in one.modules())
+        if not processes().is_main_process:
+            return
+
         def fill(folder: Path) -> None:
             veneer.save(adapter, folder)
             self.processing.save_pretrained(folder)
@@ -344,10 +386,13 @@ class _Run:
         whole.replace(self.folder / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
+_NO_DIFFERENCE = (".output", ".record", ".training.parallel", ".training.micro_batch_size")
+
+
 def _differences(one: Any, other: Any, path: str = "") -> set[str]:
-    """The places where two recipes say other things, but for where they write and what they were made with."""
+    """The places where two recipes say other things, but for where they write, by how many, and what made them."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {key for key in one.keys() | other.keys() if path or key not in ("output", "record")}
+        keys = {key for key in one.keys() | other.keys() if f"{path}.{key}" not in _NO_DIFFERENCE}
         return {each for key in keys for each in _differences(one.get(key), other.get(key), f"{path}.{key}")}
     return set() if one == other else {path.removeprefix(".")}
 

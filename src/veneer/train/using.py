@@ -49,6 +49,7 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
 
     task = tasks.of(prepared.task, found.training.dpo_beta)
     refuse_metrics(task, found)
+    models.chunked(model, "auto")
 
     def figures() -> dict[str, float]:
         size, evaluation = found.training.batch_size, found.evaluation
