@@ -18,7 +18,13 @@ PAGED_FROM = 100_000
 
 
 def optimizer(
-    adapter: Adapter, name: str = "adamw", *, lr: float, lora_plus_ratio: float | None = None, **options: Any
+    adapter: Adapter,
+    name: str = "adamw",
+    *,
+    lr: float,
+    lora_plus_ratio: float | None = None,
+    head_lr: float | None = None,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer over what the adapter trains, in its groups (`Adapter.parameter_groups`).
 
@@ -39,7 +45,7 @@ def optimizer(
     if name not in _BUILDERS:
         raise OptimizerError(f"There is no optimizer '{name}'.{closest(name, _BUILDERS)} All: {', '.join(_BUILDERS)}.")
     build = _BUILDERS[name](adapter)
-    built: torch.optim.Optimizer = build(adapter.parameter_groups(lr, lora_plus_ratio), lr=lr, **options)
+    built: torch.optim.Optimizer = build(adapter.parameter_groups(lr, lora_plus_ratio, head_lr), lr=lr, **options)
     return built
 
 
