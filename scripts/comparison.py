@@ -210,7 +210,7 @@ def main() -> None:
         "# The usual tables, computed",
         "",
         "The tables of a widely used text on PEFT, from plans of the models themselves, beside the text's own figures.",
-        "Written by `python scripts/comparison.py`; how good the plans are is in [plan-accuracy](plan-accuracy.md).",
+        "Written by `python scripts/comparison.py`; how good such figures are, `scripts/plan_accuracy.py` says.",
         "",
     ]
     parts = [memory(), table_targets(), table_methods(), table_advice()]
