@@ -4,9 +4,9 @@
 
 The same LoRA is trained on the bfloat16 model and on the same model in NF4, on the same batches: in blocks of 64 as
 QLoRA has it, and of 32; started at zero, and as LoftQ starts it, from what quantizing took. Then the plain QLoRA
-adapter is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared with
-the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this checks
-that training works on NF4, not how good NF4 is.
+adapter is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared
+with the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this
+checks that training works on NF4, not how good NF4 is.
 """
 
 from __future__ import annotations

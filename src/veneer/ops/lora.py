@@ -75,7 +75,8 @@ def _rows(x: Tensor) -> Tensor:
 def _exact(y: Tensor) -> AbstractContextManager[Any]:
     """Autocast off where it is on: these products choose their dtype themselves."""
     kind = y.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    on = not y.is_meta and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
 def _down(x: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
