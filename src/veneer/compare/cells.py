@@ -8,6 +8,7 @@ is its own, and the seconds that imports take are spent once. When its input end
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from typing import Any
 
 import veneer
 from veneer.compare import forgetting, inference, scoring
-from veneer.errors import VeneerError
+from veneer.errors import Diverged, VeneerError
 from veneer.samples import whole
 from veneer.train import models
 from veneer.train import recipe as recipes
@@ -37,7 +38,7 @@ from veneer.train.run import train
 VALIDATION = 256
 """Rows of the training data, at most a fifth of them, by whose loss a search chooses."""
 MISTAKE = 2
-"""The exit code of a cell that Veneer refused."""
+"""The exit code of a cell that Veneer refused, and would refuse with any seed."""
 
 
 def run(file: Path) -> None:
@@ -46,7 +47,12 @@ def run(file: Path) -> None:
     The description: `recipe`, `budget` (tokens, or nothing where the recipe names its steps), `share` of its steps to
     do, `validation` for a search on the training rows alone, `inference` whether speed is measured, `text` a file.
     """
-    told = json.loads(file.read_text(encoding="utf-8"))
+    with (file.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # what a comparison that was killed has left is about to end
+        _run(json.loads(file.read_text(encoding="utf-8")), file)
+
+
+def _run(told: dict[str, Any], file: Path) -> None:
     folder = file.parent
     shutil.rmtree(folder / "run", ignore_errors=True)  # of an earlier process that was killed
     recipe = recipes.read(json.dumps(told["recipe"] | {"output": str(folder / "run")}), str(file))
@@ -160,7 +166,7 @@ def _inside(file: Path) -> None:
             code = 0
         except VeneerError as error:
             print(f"{type(error).__name__}: {error}")
-            code = MISTAKE
+            code = 1 if isinstance(error, Diverged) else MISTAKE  # another seed or rate may not
         except BaseException as error:
             traceback.print_exc()
             reason = (str(error).strip().splitlines() or ["no reason was given"])[0]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import veneer
-from veneer.compare.scoring import embeddings
+from veneer.compare.scoring import embeddings, fitting
 from veneer.errors import FileError
 from veneer.train.evaluate import evaluating
 
@@ -36,7 +36,7 @@ def measure(model: Any, tokenizer: Any, task: str, file: str | None) -> dict[str
     before and after, the mean over the passages."""
     if task not in ("causal", "sequence_classification", "regression"):
         return {"skipped": f"no measure of general text is defined for {task}"}
-    passages = _passages(tokenizer, general(file))
+    passages = _passages(tokenizer, general(file), fitting(model, LENGTH))
     if task == "causal":
         with veneer.use(model):
             before = _loss(model, passages)
@@ -48,9 +48,9 @@ def measure(model: Any, tokenizer: Any, task: str, file: str | None) -> dict[str
     return {"drift": max(0.0, float(drift.mean()))}  # rounding may say a little less
 
 
-def _passages(tokenizer: Any, text: str) -> torch.Tensor:
+def _passages(tokenizer: Any, text: str, most: int) -> torch.Tensor:
     ids = tokenizer(text[:400_000], add_special_tokens=False, verbose=False)["input_ids"]
-    length = max(1, min(LENGTH, len(ids) // PASSAGES))
+    length = max(1, min(most, len(ids) // PASSAGES))
     stride = max(1, (len(ids) - length) // (PASSAGES - 1))
     return torch.tensor([ids[start : start + length] for start in range(0, stride * PASSAGES, stride)])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import veneer
+from veneer.compare.scoring import fitting
 from veneer.errors import VeneerError
 from veneer.samples.quiet import quiet
 from veneer.train import models
@@ -48,7 +49,8 @@ def _against(base: Any, adapted: Any, writes: bool) -> dict[str, Any]:
 
 def _of_batch(base: Any, adapted: Any, rows: int, writes: bool) -> dict[str, Any]:
     vocabulary = base.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    length = fitting(base, PROMPT)
+    ids = torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
     turns: dict[str, list[tuple[float, float]]] = {"prefill": [], "decode": []}
     for _ in range(ROUNDS + 1):
         first = [_timed(model, ids, 1 if writes else 0) for model in (base, adapted)]
@@ -61,7 +63,7 @@ def _of_batch(base: Any, adapted: Any, rows: int, writes: bool) -> dict[str, Any
     for name, pairs in turns.items():
         if counted := pairs[1:]:
             was, now = median(one for one, _ in counted), median(other for _, other in counted)
-            tokens = rows if name == "decode" else rows * PROMPT
+            tokens = rows if name == "decode" else rows * length
             found[name] = {
                 "base": was,
                 "adapted": now,

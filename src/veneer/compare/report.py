@@ -63,14 +63,15 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _training(found: Mapping[str, Any]) -> str:
-    heads = list(summary.TRAINING)
-    heads[1], heads[2] = found["quality"].replace("_", " "), f"against {found['base']}"
-    better = "higher" if found["higher_is_better"] else "lower"
+    heads = summary.trained_heads(found)
+    better = "Higher" if found["higher_is_better"] else "Lower"
     return (
-        f"<section><h2>Quality and training</h2>{_table(heads, summary.training_rows(found))}"
-        f"<p class='note'>{better.capitalize()} {escape(heads[1])} is better. ± is half of a "
-        f"{100 * found['level']:.0f}% confidence interval over seeds and held-out examples; differences are of the "
-        "same seeds and examples, pair by pair.</p></section>"
+        f"<section><h2>Quality</h2>{_table(heads, summary.trained_rows(found))}"
+        f"<p class='note'>{better} {escape(heads[1])} is better. ± is half of a {100 * found['level']:.0f}% confidence "
+        "interval over seeds and held-out examples; differences are of the same seeds and examples, pair by pair.</p>"
+        f"<h2>Cost of training</h2>{_table(summary.COSTS, summary.cost_rows(found))}"
+        "<p class='note'>Peak memory of the run's own process; before: what it had before a model was loaded.</p>"
+        "</section>"
     )
 
 

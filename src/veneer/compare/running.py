@@ -284,6 +284,8 @@ class _Job:
         training = {key: value for key, value in recipe["training"].items() if key != "learning_rate"}
         training |= {"trackers": [], "keep_checkpoints": 1, "learning_rate": one.rate or own or one.learning_rate}
         recipe["training"] = training
+        recipe["evaluation"] = {key: value for key, value in recipe["evaluation"].items() if key != "patience"}
+        recipe["evaluation"]["keep"] = "last"  # to choose by the held-out rows, or to stop by them, would flatter
         budget: dict[str, float] = {}
         if self.budget is not None and self.budget.unit == "steps":
             recipe = _with(recipe, "training", steps=round(self.budget.amount))

@@ -70,6 +70,12 @@ def _truth(tokenizer: Any, labels: Any, prepared: Prepared) -> str:
     return text.strip()
 
 
+def fitting(model: Any, tokens: int) -> int:
+    """So many tokens, or half of what the model takes where that is less: methods put some of their own in front."""
+    longest = model.config.to_dict().get("max_position_embeddings")
+    return min(tokens, longest // 2) if isinstance(longest, int) and longest > 1 else tokens
+
+
 @torch.no_grad()
 def embeddings(model: Any, batches: list[dict[str, Any]]) -> Tensor:
     """The mean of the last states over the tokens of each text [texts, width], in float32."""

@@ -116,32 +116,44 @@ def _plain(found: Interval) -> dict[str, Any]:
 
 # --- in rows
 
-TRAINING = ("method", "quality", "difference", "learning rate", "trainable", "share", "peak MiB", "of which before MiB",
-            "step ms", "tokens/s", "adapter kB")  # fmt: skip
+TRAINED = ("method", "quality", "difference", "seeds", "learning rate", "trainable", "share")
+COSTS = ("method", "peak MiB", "before MiB", "step ms", "tokens/s", "adapter kB")
 INFERENCE = ("method", "form", "batch", "prefill ms", "of base", "decode ms", "of base", "tokens/s")
 
 
-def training_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row of TRAINING for each method; of one that failed, its reason."""
+def trained_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row of TRAINED for each method; of one that failed, its reason."""
     rows = []
     for one in found["methods"]:
         if "quality" not in one:
-            rows.append([one["name"], f"failed: {next(iter(one['failures'].values()))}", *[""] * (len(TRAINING) - 2)])
+            rows.append([one["name"], f"failed: {next(iter(one['failures'].values()))}", "", "", "", "", ""])
             continue
         rows.append([
             one["name"],
             plus_minus(one["quality"]),
             plus_minus(one["difference"], sign="+") if "difference" in one else "",
+            str(len(one["seeds"])),
             f"{one['learning_rate']:g}",
             f"{one['trainable']:,}",
             f"{100 * one['trainable'] / one['total']:.2f}%",
+        ])  # fmt: skip
+    return rows
+
+
+def cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """A row of COSTS for each method that was trained."""
+    return [
+        [
+            one["name"],
             f"{one['peak_bytes'] / MIB:,.0f}",
             f"{one['start_bytes'] / MIB:,.0f}",
             f"{1000 * one['step_seconds']:,.0f}",
             f"{one['tokens_per_second']:,.0f}",
             f"{one['adapter_bytes'] / 1000:,.0f}",
-        ])  # fmt: skip
-    return rows
+        ]
+        for one in found["methods"]
+        if "quality" in one
+    ]
 
 
 def inference_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -203,11 +215,15 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def trained_heads(found: Mapping[str, Any]) -> list[str]:
+    """TRAINED by the names of the quality and of the base method."""
+    return ["method", found["quality"].replace("_", " "), f"against {found['base']}", *TRAINED[3:]]
+
+
 def _tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[list[str]]]]:
-    heads = [found["quality"].replace("_", " ") if head == "quality" else head for head in TRAINING]
-    heads[2] = f"against {found['base']}"
     every = [
-        ("Quality and training", heads, training_rows(found)),
+        ("Quality", trained_heads(found), trained_rows(found)),
+        ("Cost of training", COSTS, cost_rows(found)),
         ("Inference, against the base in the same process", INFERENCE, inference_rows(found)),
         ("Forgetting of general text", FORGETTING, forgetting_rows(found)),
     ]
