@@ -23,18 +23,22 @@ from torch import Tensor
 import veneer
 from veneer.train.machine import fitting_threads
 
-STEPS, LONGEST = 120, 24
+STEPS, LONGEST, PART_LR = 120, 24, 6e-3
 SUBLAYERS = "attention | mlp"
 PROMPT = "is this sentence from a film review positive or negative in its opinion of the film, good or bad?"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method (None for the head alone), the learning rate it likes, and where it goes."""
+    """A method (None for the head alone), the learning rate it likes, and where it goes.
+
+    Of a `fused` one two are trained first, each on half of the batches; the fusion over them is what counts.
+    """
 
     method: Any
     lr: float
     where: str | None = None
+    fused: bool = False
 
 
 def entries(task: Task, steps: int) -> dict[str, Entry]:
@@ -64,8 +68,11 @@ def entries(task: Task, steps: int) -> dict[str, Entry]:
         "Houlsby": Entry(veneer.BottleneckAdapter.houlsby(width=64), 2e-3, SUBLAYERS),
         "Pfeiffer": Entry(veneer.BottleneckAdapter.pfeiffer(), 2e-3, "mlp"),
         "parallel adapter": Entry(veneer.BottleneckAdapter.parallel(), 1e-4, "mlp"),
+        "parallel adapter, width 48": Entry(mam["mlp"], 2e-3, "mlp"),
         "Compacter": Entry(veneer.Compacter(), 3e-3, SUBLAYERS),
         "invertible adapter": Entry(veneer.InvertibleAdapter(), 5e-3, "embedding"),
+        "AdapterFusion": Entry(veneer.BottleneckAdapter.pfeiffer(), 1e-3, "mlp", fused=True),
+        "trainable tokens": Entry(veneer.TrainableTokens(tokens=task.frequent(500)), 1e-2),
         "BitFit": Entry(veneer.BitFit(), 1e-3, "bert"),
         "LayerNorm tuning": Entry(veneer.LayerNormTuning(), 5e-3),
         "MAM": Entry(mam, 2e-3),
@@ -77,6 +84,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help="sentences to judge by (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps of short sentences: does every method run?")
     parser.add_argument("--only", nargs="*", help="names of methods; all by default")
     parser.add_argument("--out", type=Path, help="append the results there as lines of JSON")
@@ -89,7 +97,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """One row a method, printed when it is done."""
-    steps, held_out, longest = (3, 50, 12) if options.quick else (options.steps, HELD_OUT, LONGEST)
+    steps, held_out, longest = (3, 50, 12) if options.quick else (options.steps, options.held_out, LONGEST)
     task = Task(steps, held_out, longest)
     frozen, before = task.judge(task.model(), task.held_out).right, task.judge(task.model(), task.validation).loss
     print(f"Frozen features: {_interval(frozen)} of {held_out} held-out sentences. {steps} steps of {BATCH}.")
@@ -118,7 +126,23 @@ def start(task: Task, entry: Entry, lr: float) -> Run:
     model = task.model()
     if entry.method is None:
         return Run(model, veneer.attach(model, veneer.FullFineTuning(), where="classifier"), lr, task.training)
+    if entry.fused:
+        return fused(task, model, entry, lr)
     return Run(model, veneer.attach(model, entry.method, entry.where, also_train=HEAD), lr, task.training)
+
+
+def fused(task: Task, model: Any, entry: Entry, lr: float) -> Run:
+    """A fusion over two adapters, each trained on half of the batches at the rate that won for one alone."""
+    parts = []
+    for half in range(2):
+        part = veneer.attach(model, entry.method, entry.where, name=f"half-{half}")
+        batches = task.training[half::2]
+        Run(model, part, PART_LR, batches).until(len(batches))
+        parts.append(part)
+    fusion = veneer.fuse(model, parts, also_train=HEAD)
+    for part in parts:
+        veneer.detach(model, part)
+    return Run(model, fusion, lr, task.training)
 
 
 def _interval(values: Tensor, sign: str = "") -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import random
 import time
+from collections import Counter
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class Task:
 
     def __init__(self, steps: int, held_out: int = HELD_OUT, longest: int = 512, seed: int = SEED) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(minilm.folder())
-        training, judged = sentiment.load(HELD_OUT, SEED)
+        training, judged = sentiment.load(max(HELD_OUT, held_out), SEED)
         training = [s for s in training if len(self.tokenizer(s.text)["input_ids"]) <= longest]
         validation, training = training[:VALIDATION], training[VALIDATION:]
         order = random.Random(seed)
@@ -112,6 +113,11 @@ class Task:
             )
         self.training = [self._batch(batches[step % len(batches)]) for step in range(steps)]
         self.validation, self.held_out = self._batches(validation), self._batches(judged[:held_out])
+
+    def frequent(self, count: int) -> tuple[int, ...]:
+        """The tokens that stand in most training sentences."""
+        found = Counter(token for batch in self.training for row in batch["input_ids"].tolist() for token in set(row))
+        return tuple(sorted(token for token, _ in found.most_common(count)))
 
     def _batches(self, sentences: list[sentiment.Sentence]) -> list[Batch]:
         ordered = sorted(sentences, key=lambda s: len(s.text))

@@ -98,6 +98,29 @@ def test_what_transformers_quantized_opens_as_it_is(double, tmp_path):
     same(ours, veneer.load_quantized(tmp_path / "again"))
 
 
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_partly_merged_base_saves_as_what_it_is(theirs, tmp_path):
+    dense(tmp_path / "dense")
+    if theirs:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        options = {"quantization_config": config, "dtype": "auto", "device_map": "cpu"}
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "dense", **options)
+    else:
+        model = veneer.load_quantized(tmp_path / "dense")
+    before = model.config.to_dict()["quantization_config"]["llm_int8_skip_modules"]
+    adapter = veneer.attach(model, veneer.LoRA(rank=4), where="attention.q")
+    perturb(adapter, 0.1)
+    veneer.merge(model, adapter)
+    veneer.unmerge(model, adapter)
+    assert set(model.config.to_dict()["quantization_config"]["llm_int8_skip_modules"]) == {*(before or ()), "lm_head"}
+    veneer.merge(model, adapter, permanent=True)
+    model.save_pretrained(tmp_path / "merged")
+    for loaded in (veneer.load_quantized(tmp_path / "merged"), LlamaForCausalLM.from_pretrained(tmp_path / "merged")):
+        assert type(loaded.model.layers[0].self_attn.q_proj) is nn.Linear
+        assert type(loaded.model.layers[0].self_attn.k_proj) is not nn.Linear
+        same(model, loaded)
+
+
 def test_a_sharded_folder_and_other_options(tmp_path):
     model = dense(tmp_path / "dense", max_shard_size="5KB")
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) > 3

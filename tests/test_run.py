@@ -163,6 +163,18 @@ def test_a_stopped_run_goes_on_to_the_bit(recipe, tmp_path, monkeypatch, overrid
         go(recipe, tmp_path / "two", *overrides)
 
 
+def test_a_run_goes_on_to_the_bit_from_the_middle_of_a_later_epoch(recipe, tmp_path):
+    """Where the order of the rows is drawn anew, and the dropout of the epochs before has moved all random states."""
+    often = ["training.steps=20", "training.checkpoint_every=3", "training.keep_checkpoints=9"]
+    undisturbed = go(recipe, tmp_path / "one", *often)
+    shutil.copytree(undisturbed.folder, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "adapter")
+    (tmp_path / "two" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "checkpoint-20")
+    assert checkpoint.steps(tmp_path / "two" / "checkpoints")[-1] == 18
+    assert same(undisturbed, go(recipe, tmp_path / "two", *often, resume=True))
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, kills):
     script = Path(small_run.__file__)
@@ -286,6 +298,7 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["data.held_out=0", "evaluation={keep: best}"], "evaluation.keep needs held-out rows"),
         (["data.held_out=0", "evaluation={patience: 2}"], "evaluation.patience needs held-out rows"),
         (["data.packing=true", "evaluation.metrics=[chrf]"], "evaluation.metrics are of written answers"),
+        (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
         (["model=/no/where"], "cannot be loaded"),
         (["model.revision=main"], "model.revision is for Hub ids"),
     ],
@@ -352,6 +365,7 @@ WEIGHTS = {  # these end with other weights than the plain run
 ELSEWHERE = {
     "model.name": "test_every_task_trains",
     "model.revision": "test_what_would_change_nothing_is_refused",
+    "training.parallel": "test_what_would_change_nothing_is_refused",
     "training.micro_batch_size": "test_out_of_memory_takes_smaller_micro_batches_of_the_same_steps",
     "training.gradient_checkpointing": "test_options_that_change_no_weight_change_something_else",
     "training.checkpoint_every": "test_options_that_change_no_weight_change_something_else",

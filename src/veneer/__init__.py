@@ -104,6 +104,9 @@ from veneer.routing import (
 from veneer.seams.checkpointing import (
     checkpoint_activations,
 )
+from veneer.seams.loss import (
+    chunk_loss,
+)
 from veneer.starts import (
     start_prefix,
 )
@@ -158,6 +161,7 @@ __all__ = [
     "calibrate",
     "check",
     "checkpoint_activations",
+    "chunk_loss",
     "combine",
     "count_parameters",
     "dequantize",

@@ -79,3 +79,8 @@ def end(model: nn.Module) -> None:
         vars(model)[_KEYS] = frozen.before
         if frozen.quantized:
             vars(model)["is_quantized"] = True
+
+
+def unpacked(model: Any) -> None:
+    """Quantized linears have become dense, or packed again: what the config says of them, which is saved, follows."""
+    transformers.note_dense(model)

@@ -11,6 +11,7 @@ VeneerError
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
 ├── OptimizerError         an optimizer's name, options or state, or the room for it
+├── LossError              a model's loss cannot be computed in chunks
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
 │   ├── CorruptFile        truncated, garbled, or not what its name says
@@ -75,6 +76,10 @@ class OptimizerError(VeneerError, ValueError):
 
 class UnreadableWeight(MethodError, NotMergeable):
     """A quantized weight is laid out for its kernel alone: no method can look at it, and nothing be merged into it."""
+
+
+class LossError(VeneerError, ValueError):
+    """A model's loss is none that can be computed in chunks of tokens."""
 
 
 class RoutingError(VeneerError, ValueError):

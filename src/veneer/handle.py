@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from veneer import sharding
 from veneer.counting import count_parameters
 from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
@@ -87,8 +88,11 @@ class Adapter:
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this adapter is made of, trained or still, by key; shares memory with it."""
-        return {key: tensor.detach() for key, tensor in self.named_tensors()}
+        """What this adapter is made of, trained or still, by key; shares memory with it.
+
+        Under FSDP2 the tensors are whole copies, and every process has to call this, and `load_state_dict`.
+        """
+        return {key: sharding.whole(tensor.detach()) for key, tensor in self.named_tensors()}
 
     def regularization(self) -> Tensor | None:
         """The sum of the terms that its methods add to the loss; None where there is none."""
@@ -132,7 +136,7 @@ class Adapter:
         if problems:
             raise AdapterError(f"The tensors do not fit adapter '{self.name}': {listed(sorted(problems))}.")
         for key, tensor in own.items():
-            tensor.copy_(tensors[key])
+            tensor.copy_(sharding.like(tensors[key], tensor))
 
     def parameter_groups(self, lr: float, lora_plus_ratio: float | None = None) -> list[dict[str, Any]]:
         """Groups for an optimizer: one at `lr`, and with `lora_plus_ratio` a second, at `lr` times it, for every B.

@@ -134,6 +134,8 @@ def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
         if requantize:
             for quantize in again:
                 quantize()
+        elif unpacked:
+            checkpoints.unpacked(adapter.model)
     except BaseException:  # an interrupt too must leave no half-merged model
         _restore(adapter)
         raise
@@ -145,9 +147,12 @@ def _owners(adapter: Adapter) -> list[Place]:
 
 
 def _restore(adapter: Adapter) -> None:
+    packed = any(isinstance(original, Storage) for original in adapter.originals)
     for original in reversed(adapter.originals):
         original.restore()
     adapter.originals.clear()
+    if packed:
+        checkpoints.unpacked(adapter.model)
 
 
 def activations_dtype(model: nn.Module) -> torch.dtype:

@@ -364,9 +364,10 @@ def exact(model: nn.Module, unit: Unit, named: list[tuple[str, tuple[Span, ...] 
         if plain not in inventory:
             raise NoSuchPlace(f"{type(model).__name__} has no {plain}.{closest(plain, inventory)}")
         place = inventory[plain]
-        edges = [edge for span in spans or () for edge in span]
-        rows = place.shape[place.format.rows]
-        if edges != sorted(set(edges)) or (edges and not 0 <= edges[0] < edges[-1] <= rows):
-            raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
-        found.append(place.restricted(spans, label.removesuffix("]")) if spans else place)
+        if spans:
+            edges, rows = [edge for span in spans for edge in span], place.shape[place.format.rows]
+            if edges != sorted(set(edges)) or not 0 <= edges[0] < edges[-1] <= rows:
+                raise NoSuchPlace(f"{plain} has {rows} output rows, among which {spans} are no ascending spans.")
+            place = place.restricted(spans, label.removesuffix("]"))
+        found.append(place)
     return _tie(found) if unit == "parameter" else list({place.path: place for place in found}.values())

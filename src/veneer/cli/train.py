@@ -31,9 +31,11 @@ def train(
 ) -> None:
     """Train an adapter by a recipe, measure it, and save all that repeats the run.
 
-    Examples: veneer train film-reviews; veneer train my.yaml training.learning_rate=1e-4 output=runs/second
+    Examples: veneer train film-reviews; veneer train my.yaml training.learning_rate=1e-4 output=runs/second;
+    torchrun --nproc-per-node 2 -m veneer train my.yaml training.parallel=fsdp
     """
     from veneer.train import shipped
+    from veneer.train.processes import processes
     from veneer.train.run import train as run
 
     try:
@@ -43,6 +45,8 @@ def train(
     except Stopped as stopped:
         print(f"veneer: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + signal.SIGINT) from None
+    if not processes().is_main_process:
+        return
     if json:
         print(json_text.dumps({"output": str(result.folder), **result.report}))
         return

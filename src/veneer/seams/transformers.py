@@ -162,12 +162,7 @@ def note_quantized(model: Any) -> None:
     """
     if not is_pretrained(model):
         return
-    linears = {
-        path: module
-        for path, module in site.base_modules(model)
-        if isinstance(formats.of(module), (dense.Linear, dense.Conv1D))
-    }
-    packed = [module for module in linears.values() if isinstance(module, NF4Linear)]
+    packed = [module for _, module in site.base_modules(model) if isinstance(module, NF4Linear)]
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -176,8 +171,21 @@ def note_quantized(model: Any) -> None:
         "bnb_4bit_use_double_quant": any(module.double_quant for module in packed),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": [path for path, module in linears.items() if not isinstance(module, NF4Linear)],
+        "llm_int8_skip_modules": _dense_linears(model),
     }
+
+
+def note_dense(model: Any) -> None:
+    """Bring up to date which linears of a model that says it is in bitsandbytes' 4 or 8 bits are dense."""
+    noted: Any = getattr(model.config, "quantization_config", None) if is_pretrained(model) else None
+    said = noted if isinstance(noted, dict) or noted is None else vars(noted)
+    if said is not None and "llm_int8_skip_modules" in said:
+        said["llm_int8_skip_modules"] = _dense_linears(model)
+
+
+def _dense_linears(model: nn.Module) -> list[str]:
+    found = ((path, formats.of(module)) for path, module in site.base_modules(model))
+    return [path for path, form in found if isinstance(form, (dense.Linear, dense.Conv1D)) and not form.quantized]
 
 
 def forget_quantization(model: Any) -> None:

@@ -18,14 +18,21 @@ from pathlib import Path
 
 from veneer import files
 from veneer.errors import RunError
+from veneer.train.processes import processes
 
 SUMS = "checksums.json"
 _ASIDE = ".writing"
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder for this run alone; RunError where another one writes into it, or it cannot be written."""
+def locked(folder: Path, first: bool = True) -> Iterator[None]:
+    """The folder for this run alone; RunError where another one writes into it, or it cannot be written.
+
+    Of several processes of one run only the `first` takes it.
+    """
+    if not first:
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -40,20 +47,21 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write(folder: Path, step: int, fill: Callable[[Path], object], keep: int) -> Path:
-    """Make `checkpoint-<step>` of what `fill` writes into an empty folder, and delete all but the last `keep`."""
-    aside, place = folder / _ASIDE, folder / f"checkpoint-{step}"
+    """Make `checkpoint-<step>` of what `fill` writes into an empty folder, and delete all but the last `keep`.
+
+    Every process of a run calls it and fills in its part; the first one does the rest.
+    """
+    aside, place, state = folder / _ASIDE, folder / f"checkpoint-{step}", processes()
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        if state.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        state.wait_for_everyone()
         fill(aside)
-        sums = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        (aside / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
-        for path in aside.iterdir():
-            files.sync(path)
-        files.sync(aside)
-        shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
-        files.sync(folder)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            _finish(aside, place)
+        state.wait_for_everyone()
     except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
         why = _full(error)
@@ -64,9 +72,22 @@ def write(folder: Path, step: int, fill: Callable[[Path], object], keep: int) ->
         raise RunError(
             f"Step {step} could not be saved in {folder}: {why}; {last}. Make room, then go on with --resume."
         ) from None
-    for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / f"checkpoint-{old}")
+    if state.is_main_process:
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(folder / f"checkpoint-{old}")
     return place
+
+
+def _finish(aside: Path, place: Path) -> None:
+    """Put what was written aside in its place, with its checksums."""
+    sums = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+    (aside / SUMS).write_text(json.dumps(sums, indent=2), encoding="utf-8")
+    for path in aside.iterdir():
+        files.sync(path)
+    files.sync(aside)
+    shutil.rmtree(place, ignore_errors=True)
+    aside.rename(place)
+    files.sync(place.parent)
 
 
 def newest(folder: Path, say: Callable[[str], object]) -> Path | None:

@@ -14,9 +14,10 @@ from transformers import (
 )
 
 import veneer
-from veneer.errors import RecipeError
+from veneer.errors import LossError, RecipeError
 from veneer.samples import named
 from veneer.samples.quiet import quiet
+from veneer.seams.loss import ChunkedLoss
 from veneer.train.recipe import Model
 
 CLASSES: dict[str, Any] = {
@@ -47,6 +48,20 @@ def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[s
         veneer.quantize(found, veneer.NF4())
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return found.to(device), fresh
+
+
+def chunked(model: Any, asked: str, parallel: str = "ddp") -> ChunkedLoss | str:
+    """The model's loss in chunks, or why it stays whole; `asked` and `parallel` are a recipe's options."""
+    if asked == "whole":
+        return "as the recipe asks"
+    if parallel == "fsdp":
+        return "the head's weights are shared out"
+    try:
+        return veneer.chunk_loss(model)
+    except LossError as reason:
+        if asked == "chunked":
+            raise RecipeError(f"training.loss: {reason}") from None
+        return str(reason)
 
 
 def _loaded(kind: Any, model: Model, **options: Any) -> Any:

@@ -70,8 +70,13 @@ class Training(Section):
     group_by_length: batches of examples that are about as long, so that little is padding; where their lengths are
     known, unless it is false.
     gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+    loss: "chunked" never holds the logits of a whole batch, with the same numbers, and is refused where the model's
+        loss is another; "whole" is the model's own; "auto" is chunked where the model allows it.
+    cache_frozen: keep what the blocks below the lowest adapter compute, on disk, from the first epoch for the others.
     max_grad_norm: longer gradients are cut to it. lora_plus_ratio: B learns so many times faster than A (LoRA+).
     checkpoint_every: optimizer steps between checkpoints; ten a run where nothing is named. keep_checkpoints: the last.
+    parallel: how several processes (torchrun, accelerate launch) share a run: each holds the whole model ("ddp"), or a
+    part of each layer ("fsdp", FSDP2).
     trackers: who is told of loss and rate while it runs.
     seed: chooses the start of the adapter, held-out rows, order and dropout.
     """
@@ -85,11 +90,14 @@ class Training(Section):
     micro_batch_size: Count | Literal["auto"] = "auto"
     group_by_length: bool | None = None
     gradient_checkpointing: bool = False
+    loss: Literal["auto", "chunked", "whole"] = "auto"
+    cache_frozen: bool = False
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Positive = 1.0
     lora_plus_ratio: Positive | None = None
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     trackers: list[Literal["tensorboard"]] = ["tensorboard"]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

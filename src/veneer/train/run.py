@@ -21,17 +21,22 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerState, set_seed
 
 import veneer
+from veneer import sharding
 from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
 from veneer.samples.quiet import quiet
+from veneer.site import Site
 from veneer.train import checkpoint, models
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
+from veneer.train.frozen import FrozenBlocks
 from veneer.train.machine import device, fitting_threads, peak_bytes, versions
 from veneer.train.measure import measure
+from veneer.train.order import Order
+from veneer.train.processes import processes, share_out
 from veneer.train.progress import History, Watch
 from veneer.train.recipe import Recipe, Record
 from veneer.train.scores import Written, score
@@ -71,20 +76,24 @@ def train(
     last whole checkpoint, to the bit. `prepared` are the recipe's rows, where they were made before.
     """
     found = _read(recipe, overrides)
+    several = processes()
     console = console or Console(stderr=True, highlight=False)
+    if not several.is_main_process:
+        console = Console(quiet=True)
     folder = Path(found.output)
     data = found.data
     _, task = recognize(data)
     _refuse(found, task)
     signals = Signals()
-    with fitting_threads(), checkpoint.locked(folder), signals.caught_here():
+    with fitting_threads(), checkpoint.locked(folder, several.is_main_process), signals.caught_here():
         _refuse_used(folder, resume)
         tokenizer = models.tokenizer(found.model)
         prepared = prepared or prepare(data, tokenizer, found.training.seed)
         run = _Run(found, prepared, tokenizer, console, signals)
         run.settle(resume)
         micro = found.training.micro_batch_size
-        size = found.training.batch_size if micro == "auto" else micro
+        share = found.training.batch_size // several.num_processes
+        size = share if micro == "auto" else micro
         while True:
             try:
                 return run.attempt(size, resume)
@@ -92,8 +101,8 @@ def train(
                 if not _out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0][:100]
-            smaller = next((n for n in range(size - 1, 0, -1) if found.training.batch_size % n == 0), 0)
-            if micro != "auto" or not smaller:
+            smaller = next((n for n in range(size - 1, 0, -1) if share % n == 0), 0)
+            if micro != "auto" or not smaller or several.num_processes > 1:  # the others wait in the middle of a step
                 raise RunError(
                     f"The memory does not hold {size} examples at once ({reason}). Set training.micro_batch_size lower "
                     "or leave it auto, set data.max_length lower, or training.gradient_checkpointing: true."
@@ -120,12 +129,29 @@ def _refuse(recipe: Recipe, task: str) -> None:
     """RecipeError for all that could not act with these data."""
     training, evaluation, data = recipe.training, recipe.evaluation, recipe.data
     wrong = []
+    number = processes().num_processes
+    at_once = number * (1 if training.micro_batch_size == "auto" else training.micro_batch_size)
+    if training.batch_size % at_once:
+        wrong.append(
+            f"training.batch_size {training.batch_size} is not divided by what {number} processes compute at once, "
+            f"{at_once}; an optimizer step is made of whole micro-batches in each."
+        )
+    if training.parallel == "fsdp" and number == 1:
+        wrong.append("training.parallel: fsdp needs several processes: torchrun --nproc-per-node 2 -m veneer train ...")
+    if training.parallel == "fsdp" and training.loss == "chunked":
+        wrong.append(
+            "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
+        )
+    if training.cache_frozen and number > 1:
+        wrong.append("training.cache_frozen is for one process: several see other rows in each epoch; leave it out.")
     if task not in models.CLASSES:
         wrong.append(f"data: recipes do not train {task} yet; use Veneer with a Trainer of your own.")
     if data.streaming and training.steps is None:
         wrong.append("training.steps is needed with data.streaming: nobody knows how long an epoch is.")
     if data.streaming and training.group_by_length:
         wrong.append("training.group_by_length changes nothing with data.streaming; leave it out.")
+    if data.streaming and training.cache_frozen:
+        wrong.append("training.cache_frozen needs rows that come again, and data.streaming has none; leave it out.")
     if not data.held_out:
         idle = [name for name in ("every", "patience") if getattr(evaluation, name) is not None]
         idle += [name for name in ("metrics",) if evaluation.metrics] + ["keep"] * (evaluation.keep == "best")
@@ -214,7 +240,9 @@ class _Run:
                     f"{self.folder} was begun with another recipe: {', '.join(changed)} differ. Go on with "
                     f"{file}, or name another output."
                 )
-        whole.replace(file, lambda path: path.write_text(text, encoding="utf-8"))
+        processes().wait_for_everyone()  # before the first writes what the others have read
+        if processes().is_main_process:
+            whole.replace(file, lambda path: path.write_text(text, encoding="utf-8"))
 
     def attempt(self, micro: int, resume: bool) -> Result:
         """Load, attach, train, measure and save, with `micro` examples computed at once."""
@@ -226,6 +254,7 @@ class _Run:
             from veneer.train.data import check_packing
 
             check_packing(model)
+        chunked = models.chunked(model, training.loss, training.parallel)
         measured = partial(measure, model, self.prepared.held_out, self.prepared.collate, self.prepared.task, micro)
         before = measured() if self.prepared.held_out is not None else {}
         best = self.folder / "best.safetensors" if recipe.evaluation.keep == "best" else None
@@ -234,6 +263,7 @@ class _Run:
         start = checkpoint.newest(self.checkpoints, self.console.print) if resume else None
         if start is not None:
             self.console.print(f"Going on from {start}.")
+        torch.manual_seed(training.seed + processes().process_index)  # else all would drop the same units
         with watch.bar, quiet():
             if not (start is not None and self._is_done(start, trainer)):
                 trainer.train(resume_from_checkpoint=None if start is None else str(start))
@@ -248,10 +278,29 @@ class _Run:
         written = score(model, self.tokenizer, self.prepared.held_out, recipe.evaluation, training.seed)
         metrics = (measured() if self.prepared.held_out is not None else {}) | written.metrics
         report = self._report(adapter, trainer, watch.history, before, metrics, written, micro)
+        if isinstance(chunked, str):
+            report["loss"] = f"whole: {chunked}"
+        else:
+            report["loss"] = "chunked"
+            chunked.remove()
         self._save(adapter, trainer, report)
-        if best is not None:
+        if best is not None and processes().is_main_process:
             best.unlink()
         return Result(adapter, model, self.tokenizer, self.folder, recipe, metrics, before, report)
+
+    def _frozen(self, model: Any) -> FrozenBlocks:
+        """What lies below the adapters, kept; RecipeError where no row comes twice."""
+        rows, prepared = len(self.prepared.train), self.prepared
+        if self.steps * self.recipe.training.batch_size <= rows:
+            raise RecipeError(
+                f"training.cache_frozen: {self.steps} steps of {self.recipe.training.batch_size} see none of {rows} "
+                "rows twice, so nothing kept is ever read. Leave it out, or train more epochs."
+            )
+        found = FrozenBlocks(model, prepared.collate, prepared.train, prepared.train["length"], self.folder)
+        self.console.print(
+            f"What the {found.count} frozen blocks compute is kept on disk while it trains: {found.bytes / 1e6:.1f} MB."
+        )
+        return found
 
     def _is_done(self, start: Path, trainer: RecipeTrainer) -> bool:
         """Whether a checkpoint is the last of its run, whose state the trainer then takes over."""
@@ -266,21 +315,23 @@ class _Run:
         self, model: Any, adapter: veneer.Adapter, micro: int, measured: Any, watch: Watch, best: Path | None
     ) -> RecipeTrainer:
         recipe, training, prepared = self.resolved, self.resolved.training, self.prepared
-        optimizer = veneer.optimizer(
-            adapter,
-            lr=recipe.learning_rate,
-            lora_plus_ratio=training.lora_plus_ratio,
-            weight_decay=training.weight_decay,
-        )
-        lengths = None
-        if training.group_by_length is not False and not recipe.data.streaming:
-            lengths = prepared.train["length"]
+        order = None
+        if not recipe.data.streaming:
+            lengths = prepared.train["length"] if training.group_by_length is not False else None
+            order = Order(len(prepared.train), training.batch_size, lengths, training.seed)
         if training.gradient_checkpointing:
             veneer.checkpoint_activations(model)
+        frozen = self._frozen(model) if training.cache_frozen else None
         trainer = RecipeTrainer(
             measure=measured,
-            lengths=lengths,
-            batch_size=training.batch_size,
+            order=order,
+            make_optimizer=partial(
+                veneer.optimizer,
+                adapter,
+                lr=recipe.learning_rate,
+                lora_plus_ratio=training.lora_plus_ratio,
+                weight_decay=training.weight_decay,
+            ),
             folder=self.checkpoints,
             keep=training.keep_checkpoints,
             advice=lambda: (
@@ -292,7 +343,7 @@ class _Run:
                 output_dir=str(self.checkpoints),
                 max_steps=self.steps,
                 per_device_train_batch_size=micro,
-                gradient_accumulation_steps=training.batch_size // micro,
+                gradient_accumulation_steps=training.batch_size // micro // processes().num_processes,
                 learning_rate=recipe.learning_rate,
                 lr_scheduler_type="constant_with_warmup" if training.schedule == "constant" else training.schedule,
                 warmup_steps=math.ceil(training.warmup * self.steps),
@@ -306,7 +357,6 @@ class _Run:
             data_collator=Collate(prepared.collate),
             train_dataset=prepared.train if recipe.data.streaming else Numbered(prepared.train),
             eval_dataset=prepared.held_out,
-            optimizers=(optimizer, None),
             callbacks=[
                 AdapterCallback(adapter),
                 self.signals,
@@ -314,7 +364,11 @@ class _Run:
                 *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
             ],
             best=Best(adapter, best, recipe.evaluation.patience),
+            frozen=frozen,
         )
+        if training.parallel == "fsdp":
+            share_out(model)
+            trainer.is_distributed_loading_by_transformers = True  # as of one that was loaded in parts
         trainer.add_callback(Sanity(trainer.advice))
         trainer.remove_callback(PrinterCallback)
         return trainer
@@ -351,6 +405,11 @@ class _Run:
         }
 
     def _save(self, adapter: veneer.Adapter, trainer: RecipeTrainer, report: dict[str, Any]) -> None:
+        sites = (module for module in adapter.model.modules() if isinstance(module, Site))
+        sharding.gather(part for one in list(sites) for part in one.modules())
+        if not processes().is_main_process:
+            return
+
         def fill(folder: Path) -> None:
             veneer.save(adapter, folder)
             self.tokenizer.save_pretrained(folder)
@@ -363,10 +422,13 @@ class _Run:
         whole.replace(self.folder / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
+_NO_DIFFERENCE = (".output", ".record", ".training.parallel", ".training.micro_batch_size")
+
+
 def _differences(one: Any, other: Any, path: str = "") -> set[str]:
-    """The places where two recipes say other things, but for where they write and what they were made with."""
+    """The places where two recipes say other things, but for where they write, by how many, and what made them."""
     if isinstance(one, dict) and isinstance(other, dict):
-        keys = {key for key in one.keys() | other.keys() if path or key not in ("output", "record")}
+        keys = {key for key in one.keys() | other.keys() if f"{path}.{key}" not in _NO_DIFFERENCE}
         return {each for key in keys for each in _differences(one.get(key), other.get(key), f"{path}.{key}")}
     return set() if one == other else {path.removeprefix(".")}
 

@@ -46,6 +46,8 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
     if prepared.labels != found.record.labels:
         raise RecipeError(f"The rows have the labels {prepared.labels}, and the adapter {found.record.labels}.")
 
+    models.chunked(model, "auto")
+
     def figures() -> dict[str, float]:
         size = found.training.batch_size
         plain = measure(model, prepared.held_out, prepared.collate, prepared.task, size)

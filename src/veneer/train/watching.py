@@ -18,6 +18,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from veneer import Adapter, files
 from veneer.errors import Diverged, RunError
 from veneer.train.data.extras import extra
+from veneer.train.processes import largest, processes
 
 WINDOW, TIMES, BEYOND = 20, 10.0, 10.0
 """A loss explodes when it is TIMES the mean of the last WINDOW ones, and more than BEYOND above it."""
@@ -72,7 +73,8 @@ class Best(TrainerCallback):
             state.best_metric, state.best_global_step = loss, state.global_step
             if self.file is not None:
                 tensors = {key: tensor.cpu().contiguous() for key, tensor in self.adapter.state_dict().items()}
-                files.write(self.file.parent, {self.file.name: safetensors.torch.save(tensors)})
+                if state.is_world_process_zero:
+                    files.write(self.file.parent, {self.file.name: safetensors.torch.save(tensors)})
         elif self.lost(state):
             control.should_training_stop = True
 
@@ -87,6 +89,7 @@ class Best(TrainerCallback):
         """Give the adapter the weights it was best with."""
         if self.file is None:
             return
+        processes().wait_for_everyone()  # the first writes it
         if not self.file.exists():
             raise RunError(f"{self.file} is gone, which held the best adapter so far. Run the recipe anew.")
         self.adapter.load_state_dict(safetensors.torch.load_file(self.file))
@@ -112,13 +115,14 @@ class Signals(TrainerCallback):
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: Any) -> None:
-        if self.caught is not None:
+        if self.caught == number:  # torchrun passes Ctrl-C on as SIGTERM: another one is no second one
             raise KeyboardInterrupt
-        self.caught = signal.Signals(number)
+        self.caught = self.caught or signal.Signals(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save and stop, if a signal came."""
-        if self.caught is not None:
+        """Save and stop, if a signal came to any of the processes."""
+        if number := largest(self.caught or 0):
+            self.caught = signal.Signals(number)
             control.should_save = control.should_training_stop = True
 
 

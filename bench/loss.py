@@ -1,0 +1,117 @@
+"""How much memory and time does a language model's loss take, with the logits whole and in chunks?
+
+    .venv/bin/python bench/loss.py [--vocabulary 131072] [--tokens 4096] [--width 576] [--dtype bfloat16]
+
+Head and loss alone, forward and backward to the hidden states, with a frozen head: the loss of transformers on whole
+logits against `veneer.chunk_loss`'s, and this once more where only half of the tokens are learned, as answers are.
+Each runs in a process of its own, one after the other, several times; memory is the growth of the highest resident size
+(VmHWM, reset when weights and hidden states are there), time the least of the steps, by the clock and of the processor,
+which other work on the machine disturbs less. Prints a table; the figures of a named machine are kept in
+bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from veneer.ops.loss import chunk_length, summed_cross_entropy
+from veneer.train.machine import fitting_threads
+
+WAYS = {
+    "stock": ("stock", 1.0),
+    "chunked": ("chunked", 1.0),
+    "stock, half": ("stock", 0.5),
+    "chunked, half": ("chunked", 0.5),
+}
+
+
+def status(field: str) -> int:
+    with open("/proc/self/status") as lines:
+        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+
+
+def measure(way: str, asked: argparse.Namespace) -> dict[str, float]:
+    torch.manual_seed(0)
+    kind, share = WAYS[way]
+    dtype = getattr(torch, asked.dtype)
+    head = nn.Linear(asked.width, asked.vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+    hidden = torch.randn(1, asked.tokens, asked.width, dtype=dtype, requires_grad=True)
+    labels = torch.randint(asked.vocabulary, (1, asked.tokens))
+    labels[:, : round((1 - share) * asked.tokens)] = -100
+
+    def step(length: int) -> float:
+        x, y = hidden[:, :length], labels[:, -length:]
+        if kind == "stock":
+            loss = ForCausalLMLoss(head(x), y, asked.vocabulary)
+        else:
+            wanted = nn.functional.pad(y, (0, 1), value=-100)[:, 1:]
+            learned = wanted != -100
+            loss = (
+                summed_cross_entropy(x[learned], wanted[learned], head, chunk_length(asked.vocabulary)) / learned.sum()
+            )
+        loss.backward()
+        hidden.grad = None
+        return float(loss.detach())
+
+    step(64)  # so that all code is loaded
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before, seconds, cpu = status("VmHWM"), [], []
+    for _ in range(asked.steps):
+        start, busy = time.perf_counter(), time.process_time()
+        loss = step(asked.tokens)
+        seconds.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - busy)
+    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "cpu": min(cpu), "loss": loss}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=2**17)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), help="which to measure, of those in the table")
+    parser.add_argument("--only", metavar="WAY", help="measure one, in this process")
+    asked = parser.parse_args()
+    if asked.only:
+        with fitting_threads():
+            print(json.dumps(measure(asked.only, asked)))
+        return
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
+    for _ in range(asked.rounds):
+        for way in asked.ways:
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
+            ran = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[way].append(json.loads(ran.stdout.splitlines()[-1]))
+    table = Table("loss", "memory MiB", "of stock", "step s", "of stock", "CPU s", "of stock", "value")
+    for way, runs in found.items():
+        stock = found["stock, half" if "half" in way else "stock"]
+        cells = []
+        for key, shown, unit in (("memory", ".0f", 2**20), ("seconds", ".2f", 1), ("cpu", ".2f", 1)):
+            cells.append(", ".join(f"{run[key] / unit:{shown}}" for run in runs))
+            cells.append(f"{min(run[key] for run in runs) / min(run[key] for run in stock):.3f}")
+        table.add_row(way, *cells, f"{runs[0]['loss']:.6f}")
+    console = Console()
+    console.print(
+        f"{asked.tokens} tokens, vocabulary {asked.vocabulary}, width {asked.width}, {asked.dtype}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
