@@ -182,7 +182,7 @@ def test_a_search_sees_no_held_out_row(folder):
     from veneer.train.data import prepare
 
     recipe = recipes.load(folder / "recipe.yaml")
-    whole = prepare(recipe.data, models.tokenizer(recipe.model), 0)
+    whole = prepare(recipe.data, models.processing(recipe.model, "causal"), 0)
     part = cells.within_training(whole)
     seen = [tuple(row) for row in [*part.train["input_ids"], *part.held_out["input_ids"]]]
     assert sorted(seen) == sorted(map(tuple, whole.train["input_ids"]))

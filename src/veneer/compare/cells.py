@@ -29,7 +29,7 @@ from veneer.errors import Diverged, VeneerError
 from veneer.samples import whole
 from veneer.train import models
 from veneer.train import recipe as recipes
-from veneer.train.data import Prepared, prepare
+from veneer.train.data import Prepared, prepare, recognize
 from veneer.train.machine import device, fitting_threads, peak_bytes, versions
 from veneer.train.progress import History
 from veneer.train.recipe import Recipe
@@ -57,7 +57,8 @@ def _run(told: dict[str, Any], file: Path) -> None:
     shutil.rmtree(folder / "run", ignore_errors=True)  # of an earlier process that was killed
     recipe = recipes.read(json.dumps(told["recipe"] | {"output": str(folder / "run")}), str(file))
     with fitting_threads():
-        tokenizer = models.tokenizer(recipe.model)
+        _, task = recognize(recipe.data)
+        tokenizer = models.processing(recipe.model, task)
         prepared = prepare(recipe.data, tokenizer, recipe.training.seed)
         if told["validation"]:
             prepared = within_training(prepared)

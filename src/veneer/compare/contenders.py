@@ -11,7 +11,8 @@ from typing import Any
 from veneer import methods
 from veneer.errors import RecipeError, closest
 from veneer.train import lines
-from veneer.train.recipe import Recipe, method_options
+from veneer.train.method_sections import method_options
+from veneer.train.recipe import Recipe
 
 SHORT: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "lora": ("LoRA", {}),

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from veneer.train.batch import by_length
 from veneer.train.data import Prepared
-from veneer.train.encoding import IGNORED
 from veneer.train.evaluate import evaluating, on_device
-from veneer.train.measure import CLASSES
+from veneer.train.labels import IGNORED
 
+CLASSES = ("sequence_classification", "image_classification")
 LONGEST_TEXT = 300
 QUALITY = {"sequence_classification": "accuracy", "regression": "mean_absolute_error"}
 """task -> the figure by which methods are ranked; the loss of a token for the others."""
