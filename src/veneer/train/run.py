@@ -67,12 +67,13 @@ def train(
     *,
     resume: bool = False,
     console: Console | None = None,
+    prepared: Prepared | None = None,
 ) -> Result:
     """Run a recipe: a file's path, a mapping with the same keys, or a Recipe. `overrides` are texts `key=value`.
 
     Raises RecipeError with a line for each mistake, DataError for the rows, RunError where the folder is not free or
     memory does not suffice, Diverged where the loss is lost, Stopped after a signal; `resume=True` goes on from the
-    last whole checkpoint, to the bit.
+    last whole checkpoint, to the bit. `prepared` are the recipe's rows, where they were made before.
     """
     found = _read(recipe, overrides)
     several = processes()
@@ -89,7 +90,7 @@ def train(
     with fitting_threads(), checkpoint.locked(folder, several.is_main_process), signals.caught_here():
         refuse_used(folder, resume)
         processing = models.processing(found.model, task)
-        prepared = prepare(data, processing, found.training.seed)
+        prepared = prepared or prepare(data, processing, found.training.seed)
         refuse_metrics(tasks.of(prepared.task, None), found)
         run = _Run(found, prepared, processing, console, signals)
         run.settle(resume)
@@ -361,6 +362,7 @@ class _Run:
             "micro_batch_size": micro,
             "retries": self.retries,
             "tokens_per_second": history.tokens_per_second,
+            "step_seconds": history.step_seconds,
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_bytes": peak_bytes(device()),
             "data": self.prepared.report.as_dict(),
