@@ -107,7 +107,6 @@ def test_under_autocast_products_have_its_dtype_and_gradients_the_tensors_own(p)
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does it, of any Function
 @pytest.mark.parametrize(("name", "p"), CASES)
 def test_it_compiles_into_one_graph_with_its_gradients(name, p):
     torch.compiler.reset()

@@ -12,6 +12,7 @@ Each is an ordinary differentiable function, and so is its backward. Functions a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -69,7 +70,7 @@ def _run(function: type[Function], plain: Callable[..., Tensor], *inputs: Any) -
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # not -1: a rank may be 0
 
 
 def _exact(y: Tensor) -> AbstractContextManager[Any]:
