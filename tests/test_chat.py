@@ -13,8 +13,8 @@ from test_train import byte_tokenizer, tiny
 
 import veneer
 from veneer.train.chatting import Chat, converse
-from veneer.train.encoding import Example, encode_prompt, encode_turns
 from veneer.train.evaluate import write
+from veneer.train.examples import Example, encode_prompt, encode_turns
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,7 @@ from veneer.methods import (
     VeRA,
 )
 from veneer.optim import (
+    FlatAdamW,
     PagedAdamW,
     optimizer,
 )
@@ -118,6 +119,7 @@ from veneer.starts import (
 from veneer.store import (
     load,
     save,
+    swap,
 )
 
 __all__ = [
@@ -134,6 +136,7 @@ __all__ = [
     "DoRA",
     "Drift",
     "Exported",
+    "FlatAdamW",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -184,6 +187,7 @@ __all__ = [
     "save",
     "save_quantized",
     "start_prefix",
+    "swap",
     "to_lora",
     "train",
     "unmerge",

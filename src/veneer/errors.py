@@ -11,6 +11,7 @@ VeneerError
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
 ├── OptimizerError         an optimizer's name, options or state, or the room for it
+├── PlanError              what is to be planned has no such model, device or setting
 ├── LossError              a model's loss cannot be computed in chunks
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
@@ -72,6 +73,10 @@ class NotMergeable(AdapterError):
 
 class OptimizerError(VeneerError, ValueError):
     """An optimizer cannot be had, has no room for its state, or cannot go on from one."""
+
+
+class PlanError(VeneerError, ValueError):
+    """A plan names a model, a device or a setting that there is not, or that cannot be together."""
 
 
 class UnreadableWeight(MethodError, NotMergeable):

@@ -10,8 +10,8 @@ from transformers import TextStreamer
 import veneer
 from veneer.samples.quiet import quiet
 from veneer.train.batch import Collator
-from veneer.train.encoding import encode_turns
 from veneer.train.evaluate import evaluating, on_device
+from veneer.train.examples import encode_turns
 
 HELP = "/base answers the last question by the base alone, /reset forgets the conversation, /quit ends it."
 
