@@ -191,7 +191,10 @@ def test_the_command_checks_writes_and_merges(saved, tmp_path, monkeypatch, caps
         (["--to", "peft"], "--to and --output go together: what to write, and where."),
         (["--check", "vllm", "--pad-rank"], "change what is written. Give --to as well."),
         (["--check", "tgi"], "'tgi' is none of vllm, sglang, llama.cpp, peft."),
-        (["--check", "vllm", "--to", "merged", "--output", "x"], "has no adapter to check. Leave --check out."),
+        (
+            ["--check", "vllm", "--to", "merged", "--output", "x"],
+            "--to merged writes no adapter in them. Leave --check out.",
+        ),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(saved, monkeypatch, capsys, words, message):

@@ -15,7 +15,7 @@ from veneer.arithmetic import to_lora
 from veneer.dequantizing import dequantize
 from veneer.errors import AdapterError, FileError, MethodError, listed
 from veneer.handle import Adapter, handle, state_of
-from veneer.interop import adapterhub, peft
+from veneer.interop import adapterhub, gguf, peft
 from veneer.interop.peft.common import NotInPEFT
 from veneer.interop.peft.uniform import uniform
 from veneer.interop.servers import RANKS, SERVERS, Finding, Server, findings
@@ -24,7 +24,7 @@ from veneer.methods import FullFineTuning
 from veneer.routing import activate
 from veneer.seams import transformers
 
-To = Literal["peft", "adapterhub", "merged"]
+To = Literal["peft", "adapterhub", "gguf-lora", "merged"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def export(
       PiSSA, OLoRA or LoftQ becomes a plain one of twice the rank that acts on the untouched base.
     - "adapterhub": AdapterHub's folders, for bottleneck adapters, prefixes, LoRA and fusions of bottleneck adapters, on
       the families that `veneer.interop.adapterhub.LAYOUTS` names. A prefix's network is folded away.
+    - "gguf-lora": `adapter.gguf` for llama.cpp, with the `gguf` package, on the families that
+      `veneer.interop.gguf.FAMILIES` names. What llama.cpp would get wrong is refused, with the option that mends it.
     - "merged": a plain transformers model that behaves like the adapted one. The model in memory becomes that model,
       and the adapter is gone.
 
@@ -80,6 +82,10 @@ def export(
         tensors, config = _in_peft(lora, drop_whole)
         if pad_rank:
             tensors, config = uniform(tensors, config, _padded_rank(tensors))
+        if to == "gguf-lora":
+            with files.appearing(folder) as partial:
+                gguf.write(partial / gguf.FILE, transformers.config(model), tensors, config)
+            return Exported(folder, errors)
         files.write(folder, {store.PEFT_TENSORS: store.packed(tensors), store.PEFT_CONFIG: files.to_json(config)})
         return Exported(folder, errors)
 

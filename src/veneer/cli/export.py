@@ -23,7 +23,7 @@ REFUSED = 1
 @app.command()
 def export(
     adapter: Annotated[str, typer.Argument(help="The adapter: a folder of Veneer, PEFT or a run, or a Hub id.")],
-    to: Annotated[str | None, typer.Option(help="What to write: peft, adapterhub or merged.")] = None,
+    to: Annotated[str | None, typer.Option(help="What to write: peft, adapterhub, gguf-lora or merged.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where it goes; must not exist yet.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The base: a folder or Hub id.", show_default="the one the adapter names")
@@ -59,8 +59,8 @@ def export(
         raise FileError("--push uploads what was written. Give --to and --output as well.")
     if to is None and (lora_rank is not None or pad_rank or drop_whole or model is not None):
         raise FileError("--model, --lora-rank, --pad-rank and --drop-whole change what is written. Give --to as well.")
-    if to == "merged" and check is not None:
-        raise FileError("A merged model is a plain one, which has no adapter to check. Leave --check out.")
+    if to in ("merged", "gguf-lora") and check is not None:
+        raise FileError(f"--check reads PEFT's files, and --to {to} writes no adapter in them. Leave --check out.")
     done: dict[str, Any] = {}
     if to is not None and output is not None:
         base, handle = _opened(adapter, model)

@@ -56,6 +56,12 @@ def base_prefix(model: Any) -> str:
     return f"{name}." if name and name in model._modules else ""
 
 
+def config(model: Any) -> dict[str, Any]:
+    """The config of a transformers model as plain values; empty for any other."""
+    found: dict[str, Any] = model.config.to_dict() if is_pretrained(model) else {}
+    return found
+
+
 def width(model: Any) -> int:
     """How wide the model's residual stream is."""
     hidden: int = model.config.hidden_size
