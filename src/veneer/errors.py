@@ -12,6 +12,7 @@ VeneerError
 │   └── NotMergeable       this adapter cannot be folded into the weights
 ├── OptimizerError         an optimizer's name, options or state, or the room for it
 ├── LossError              a model's loss cannot be computed in chunks
+├── PlanError              what is to be planned has no such model, device or setting
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
 │   ├── CorruptFile        truncated, garbled, or not what its name says
@@ -72,6 +73,10 @@ class NotMergeable(AdapterError):
 
 class OptimizerError(VeneerError, ValueError):
     """An optimizer cannot be had, has no room for its state, or cannot go on from one."""
+
+
+class PlanError(VeneerError, ValueError):
+    """A plan names a model, a device or a setting that there is not, or that cannot be together."""
 
 
 class UnreadableWeight(MethodError, NotMergeable):

@@ -66,6 +66,13 @@ def describe(model: Any) -> dict[str, str]:
     return described
 
 
+def config_with(model_type: str, architecture: str, options: Mapping[str, Any]) -> Any:
+    """A config of this type, whose model is of the class `architecture`."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(model_type, architectures=[architecture], **options)
+
+
 @contextmanager
 def observed_attention(observe: Observer) -> Iterator[None]:
     """Within, every attention through transformers' interface is handed to `observe` with its operands."""

@@ -1,0 +1,92 @@
+"""The usual advice follows from computed figures, and changes with the constraints."""
+
+import json
+import sys
+
+import pytest
+
+from veneer import cli
+from veneer.errors import PlanError
+from veneer.plan.choose import advice, choose
+from veneer.train import recipe
+
+
+def ranked(*args, **options):
+    return [each.name for each in choose(*args, **options) if not each.barred]
+
+
+def test_a_7b_model_on_24_gb_is_for_qlora():
+    choices = choose("llama:7b", "24GB", batch=8, length=2048)
+    assert choices[0].name == "QLoRA"
+    lora = next(each for each in choices if each.name == "LoRA")
+    assert lora.barred[0].startswith("needs ")
+    assert "depends on the batch" in advice(choices)[0]
+
+
+def test_a_small_batch_of_it_fits_in_16_bits():
+    assert ranked("llama:7b", "24GB")[0] == "LoRA"
+
+
+def test_production_without_overhead_is_for_lora_merged():
+    choices = choose("llama:7b", "a100-80gb", zero_overhead=True)
+    assert choices[0].name == "LoRA"
+    assert any("none of 224 spots is left once merged" in reason for reason in choices[0].reasons)
+    assert {each.name for each in choices if each.barred} == {"adapters", "prefix tuning", "prompt tuning"}
+
+
+def test_many_tasks_are_for_adapters():
+    choices = choose("bert:base", "t4", tasks=50, storage_per_task=4 * 2**20)
+    assert choices[0].name == "adapters"
+    assert "full fine-tuning" in [each.name for each in choices if each.barred]
+    assert ranked("bert:base", "t4")[0] == "LoRA"
+
+
+def test_very_few_parameters_are_for_prefix_tuning():
+    assert ranked("llama:7b", "24GB", most_parameters=0.0015)[0] == "prefix tuning"
+    assert ranked("llama:7b", "24GB", most_parameters=0.0001)[0] == "prompt tuning"
+
+
+def test_quality_with_resources_is_for_full_fine_tuning():
+    assert ranked("llama:7b", "h200", quality_first=True)[0] == "full fine-tuning"
+    assert ranked("llama:7b", "24GB", quality_first=True)[0] == "LoRA"
+
+
+def test_65b_on_little_hardware_is_for_qlora():
+    assert ranked("llama:65b", "48GB") == ["QLoRA"]
+    assert ranked("llama:65b", "24GB") == []
+
+
+def test_too_little_time_bars():
+    fast = choose("llama:7b", "h100", examples=1000, hours=1)
+    assert not fast[0].barred
+    slow = choose("llama:7b", "h100", examples=1000, hours=0.001)
+    assert "hours for 1000 examples" in slow[0].barred[0]
+
+
+def test_hours_need_examples_and_a_rate():
+    with pytest.raises(PlanError, match="go together"):
+        choose("llama:7b", "h100", hours=1)
+    with pytest.raises(PlanError, match="How fast 24GB is"):
+        choose("llama:7b", "24GB", examples=10, hours=1)
+
+
+def test_every_reason_is_computed_or_cited():
+    for each in choose("bert:base", "t4", tasks=2):
+        assert all(reason.startswith(("computed: ", "cited: ")) for reason in each.reasons)
+
+
+def test_every_recipe_is_one():
+    for each in choose("bert:base", "t4"):
+        read = recipe.read(each.recipe)
+        assert next(iter(read.methods().values()))[0] == each.candidate.method
+        assert read.model.quantization == ("nf4" if each.candidate.four_bits else None)
+
+
+def test_the_command_prints_what_it_chose(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["veneer", "choose", "bert:base", "--gpu", "t4", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["choices"][0]["method"] == "LoRA"
+    assert found["later_evidence"]
