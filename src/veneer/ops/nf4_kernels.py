@@ -131,7 +131,7 @@ def dequantize(packed: Packed, dtype: torch.dtype, kernel: str | None = None) ->
 
 def multiply(x: Tensor, packed: Packed, kernel: str | None = None) -> Tensor:
     """x·Wᵀ, with gradients for x: W is made once forward and once backward, and nothing dense of it is kept."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in FAST:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in FAST:
         x = x.to(torch.get_autocast_dtype(x.device.type))  # here, since W is made in the dtype that it is used in
     product: Tensor = _product(x, *_parts(packed), kernel, False)
     return product
