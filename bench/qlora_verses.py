@@ -2,10 +2,11 @@
 
     .venv/bin/python bench/qlora_verses.py [--steps 60] [--out results.json]
 
-The same LoRA is trained on the bfloat16 model and on the same model in NF4, on the same batches. Then the QLoRA adapter
-is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared with
-the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this checks
-that training works on NF4, not how good NF4 is.
+The same LoRA is trained on the bfloat16 model and on the same model in NF4, on the same batches: in blocks of 64 as
+QLoRA has it, and of 32; started at zero, and as LoftQ starts it, from what quantizing took. Then the plain QLoRA
+adapter is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared
+with the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this
+checks that training works on NF4, not how good NF4 is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,12 @@ from veneer.train.judge import Judge
 from veneer.train.machine import fitting_threads, versions
 
 HELD_OUT, BATCH, SEED, RATE = 100, 8, 0, 3e-3
+BASES = (
+    ("LoRA, bfloat16", None, False),
+    ("QLoRA, NF4", veneer.NF4(), False),
+    ("QLoRA, NF4, LoftQ", veneer.NF4(), True),
+    ("QLoRA, NF4 in blocks of 32, LoftQ", veneer.NF4(block_size=32), True),
+)
 
 
 def main() -> None:
@@ -48,12 +55,20 @@ def main() -> None:
 
 def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
     training: dict[str, dict[str, float]] = {}
-    for name in ("LoRA, bfloat16", "QLoRA, NF4"):
-        chat = load(torch.bfloat16, nf4="NF4" in name)
+    for name, quantizer, start_near in BASES:
+        chat = load(torch.bfloat16)
         judge = held_out(chat)
+        torch.manual_seed(SEED)
+        if quantizer is not None and start_near:
+            adapter, repair = veneer.quantize_around(chat.model, quantizer, replace(METHOD, init="loftq"))
+            console.print(repair)
+        else:
+            if quantizer is not None:
+                veneer.quantize(chat.model, quantizer)
+            adapter = veneer.attach(chat.model, METHOD)
         before = judge.loss(chat.model)
         start = time.perf_counter()
-        adapter = train(chat, judge, steps, console)
+        train(chat, adapter, judge, steps, console)
         seconds = time.perf_counter() - start
         training[name] = {"before": before, "after": judge.loss(chat.model), "seconds a step": seconds / steps}
         training[name]["base bytes"] = base_bytes(chat.model)
@@ -63,8 +78,9 @@ def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
         size = f"{row['base bytes'] / 1e6:.1f}"
         table.add_row(name, f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['seconds a step']:.2f}", size)
     console.print(table)
-    losses = [row["after"] for row in training.values()]
-    console.print(f"QLoRA's loss is {losses[1] / losses[0] - 1:+.2%} from LoRA's")
+    plain = training[BASES[0][0]]["after"]
+    for name, row in training.items():
+        console.print(f"{name}: {row['after'] / plain - 1:+.2%} from LoRA's loss")
     merging = {
         title: merge(scratch / "QLoRA, NF4", dtype, requantize)
         for title, dtype, requantize in (
@@ -81,11 +97,8 @@ def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
     return {"steps": steps, "training": training, "merging": merging}
 
 
-def load(dtype: torch.dtype, nf4: bool) -> Chat:
-    chat = smollm2.load(smollm2.folder(), dtype=dtype)
-    if nf4:
-        veneer.quantize(chat.model, veneer.NF4())
-    return chat
+def load(dtype: torch.dtype) -> Chat:
+    return smollm2.load(smollm2.folder(), dtype=dtype)
 
 
 def held_out(chat: Chat) -> Judge:
@@ -93,17 +106,15 @@ def held_out(chat: Chat) -> Judge:
     return Judge(chat, [example(verse) for verse in choose(split.held_out, HELD_OUT, SEED)], NEW_TOKENS)
 
 
-def train(chat: Chat, judge: Judge, steps: int, console: Console) -> veneer.Adapter:
-    torch.manual_seed(SEED)
-    adapter = veneer.attach(chat.model, METHOD)
+def train(chat: Chat, adapter: veneer.Adapter, judge: Judge, steps: int, console: Console) -> None:
     rows = [encode(chat.tokenizer, example(v)) for v in choose(verses.split(SEED).train, steps * BATCH, SEED)]
     fit(chat.model, adapter, rows, judge.collator, Recipe(steps, BATCH, RATE, seed=SEED), console=console)
-    return adapter
 
 
 def merge(folder: Path, dtype: torch.dtype, requantize: bool) -> dict[str, Any]:
     """What merging changes in the logits of all held-out answers, and in what is written greedily."""
-    chat = load(dtype, nf4=True)
+    chat = load(dtype)
+    veneer.quantize(chat.model, veneer.NF4())
     judge = held_out(chat)
     adapter = veneer.load(chat.model, folder)
     logits, answers = judge.logits(chat.model, HELD_OUT), judge.answers(chat.model, HELD_OUT)

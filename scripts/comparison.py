@@ -189,6 +189,18 @@ def table_advice() -> list[str]:
         lines.append(f"| {when} | {said} | {choices[0].name} | `{command(model, gpu, options)}` |")
         quality = bool(options.get("quality_first", False))
         notes += choose.advice(choices, tasks=int(options.get("tasks", 1)), quality_first=quality)
+    lines += [
+        "",
+        "Read this table with care. The constraints of each row were picked so that it shows the case "
+        "that the text means (a batch",
+        "of 8 on the 24 GB card: with small ones 16-bit LoRA fits and comes first), and the two points "
+        "of quality that many",
+        "tasks may cost were set so that adapters come first there. It shows that the advice is "
+        "consistent with computed costs",
+        "under such constraints, not that it was found without knowing it. The cited qualities were not "
+        "yet checked against",
+        "their papers.",
+    ]
     return [*lines, "", "Where later evidence differs:", "", *(f"- {note}" for note in dict.fromkeys(notes))]
 
 
@@ -198,7 +210,7 @@ def main() -> None:
         "# The usual tables, computed",
         "",
         "The tables of a widely used text on PEFT, from plans of the models themselves, beside the text's own figures.",
-        "Written by `python scripts/comparison.py`; how good the plans are is in [plan-accuracy](plan-accuracy.md).",
+        "Written by `python scripts/comparison.py`; how good such figures are, `scripts/plan_accuracy.py` says.",
         "",
     ]
     parts = [memory(), table_targets(), table_methods(), table_advice()]

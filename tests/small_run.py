@@ -9,9 +9,24 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image
+from scipy.io import wavfile
 from test_train import byte_tokenizer, tiny
-from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 import veneer
 from veneer.samples import smollm2
@@ -31,16 +46,53 @@ def make(folder: Path) -> Path:
     T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
     for name in ("bert", "t5"):
         tokenizer.save_pretrained(folder / name)
+    seeing(folder)
+    hearing(folder, tokenizer)
     write(folder / "chats.jsonl", ({"prompt": f"thou {n}", "completion": f"you {n}"} for n in range(60)))
     write(folder / "classes.jsonl", ({"text": f"{'good' if n % 2 else 'bad'} {n}", "label": n % 2} for n in range(60)))
     write(folder / "numbers.jsonl", ({"text": f"row {n}", "label": n / 10} for n in range(60)))
     write(folder / "pairs.jsonl", ({"source": f"thou {n}", "target": f"you {n}"} for n in range(60)))
+    write(
+        folder / "preferences.jsonl",
+        ({"prompt": f"thou {n}", "chosen": f" you {n}", "rejected": f" ye {n}"} for n in range(60)),
+    )
     (folder / "recipe.yaml").write_text(
         f"model: {folder}/model\nmethod: {{LoRA: {{dropout: 0.1}}}}\ndata: chats.jsonl\n"
         "training: {steps: 6, batch_size: 4, learning_rate: 1e-2, checkpoint_every: 2, trackers: []}\n"
         f"evaluation: {{every: 3}}\noutput: {folder}/out\n"
     )
     return folder / "recipe.yaml"
+
+
+def seeing(folder: Path) -> None:
+    """A ViT without a head, and images of two shades in one folder a class."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes)).save_pretrained(folder / "vit")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit")
+    for number in range(40):
+        place = folder / "images" / ("dark", "light")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (number % 2 * 200 + number,) * 3).save(place / f"{number}.png")
+
+
+def hearing(folder: Path, tokenizer) -> None:
+    """A Whisper that hears one second, and tones with what they are called."""
+    extractor = WhisperFeatureExtractor(feature_size=8, chunk_length=1)
+    WhisperProcessor(extractor, tokenizer).save_pretrained(folder / "whisper")
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
+             for name, value in (("layers", 1), ("attention_heads", 4), ("ffn_dim", 48))}  # fmt: skip
+    start, end = tokenizer.convert_tokens_to_ids("<|im_start|>"), tokenizer.eos_token_id
+    config = WhisperConfig(
+        vocab_size=len(tokenizer), num_mel_bins=8, d_model=32, max_source_positions=50, max_target_positions=32,
+        decoder_start_token_id=start, bos_token_id=start, eos_token_id=end, pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=None, begin_suppress_tokens=None, **sides,
+    )  # fmt: skip
+    WhisperForConditionalGeneration(config).save_pretrained(folder / "whisper")
+    (folder / "tones").mkdir()
+    for number in range(40):
+        tone = numpy.sin(numpy.arange(8000) / 16000 * 2 * numpy.pi * (300 + 300 * (number % 2)) + number)
+        wavfile.write(folder / "tones" / f"{number}.wav", 16000, tone.astype("float32"))
+    write(folder / "speech.jsonl", ({"audio": f"tones/{n}.wav", "text": ("low", "high")[n % 2]} for n in range(40)))
 
 
 def write(path: Path, rows) -> None:

@@ -64,7 +64,7 @@ def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):
         ),
         (
             ["train", "film-reviews", "training.stps=3"],
-            "'training.stps=3': training.stps is no option. Closest: steps.",
+            "'training.stps=3': training.stps is no option. Closest: steps, loss.",
         ),
         (
             ["generate", ".", "hello"],

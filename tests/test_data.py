@@ -13,8 +13,8 @@ from veneer import cli
 from veneer.errors import DataError, VeneerError
 from veneer.samples import smollm2
 from veneer.train.data import Data, prepare
-from veneer.train.data.look import read
 from veneer.train.data.report import histogram, quantiles
+from veneer.train.look import read
 
 
 def write(path, rows):
@@ -347,7 +347,9 @@ def run(monkeypatch, capsys, *arguments):
 
 
 def test_the_command_shows_examples_and_counts(monkeypatch, capsys, tmp_path, path):
-    (tmp_path / "recipe.yaml").write_text(f"model: {smollm2.folder()}\ndata:\n  path: train.jsonl\n", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {smollm2.folder()}\nmethod: LoRA\noutput: out\ndata:\n  path: train.jsonl\n", encoding="utf-8"
+    )
     code, out, _ = run(monkeypatch, capsys, str(tmp_path / "recipe.yaml"), "-n", "1")
     assert code == 0
     assert out.count("--- example") == 1
@@ -388,11 +390,11 @@ def test_examples_of_other_tasks_are_shown(tmp_path, row, page):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        (None, "does not exist"),
-        ("data: [", "is not YAML"),
-        ("model: a", "has no section 'data'"),
-        ("data: {path: train.jsonl}", "Name the model by --tokenizer"),
-        ("model: gone\ndata: {path: train.jsonl}", "gone has no Tokenizer here"),
+        (None, "cannot be read as a recipe: [Errno 2] No such file"),
+        ("data: [", "line 1: this is no YAML"),
+        ("model: a\nmethod: LoRA\noutput: x", "line 1: data is missing"),
+        ("method: LoRA\noutput: x\ndata: {path: train.jsonl}", "line 1: model is missing"),
+        ("model: gone\nmethod: LoRA\noutput: x\ndata: {path: train.jsonl}", "gone cannot be loaded by AutoTokenizer"),
     ],
 )
 def test_mistakes_are_a_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, path, recipe, said):
@@ -404,8 +406,10 @@ def test_mistakes_are_a_sentence_and_exit_code_2(monkeypatch, capsys, tmp_path, 
 
 
 def test_a_recipe_names_model_and_seed(tmp_path, path):
-    (tmp_path / "a.yaml").write_text("model: {name: here}\ntraining: {seed: 3}\ndata: train.jsonl\n", encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(
+        "model: {name: here}\nmethod: LoRA\ntraining: {seed: 3}\ndata: train.jsonl\noutput: out\n", encoding="utf-8"
+    )
     data, model, seed = read(str(tmp_path / "a.yaml"))
-    assert (data.path, model, seed) == (path, "here", 3)
-    with pytest.raises(VeneerError, match=r"gone.yaml does not exist"):
+    assert (data.path, model.name, seed) == (path, "here", 3)
+    with pytest.raises(VeneerError, match=r"gone.yaml cannot be read"):
         read("gone.yaml")

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import veneer
 from veneer import errors
+from veneer.ops.dropout import draw
 
 
 class Holder(nn.Module):
@@ -236,7 +237,8 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(first, second)
     pair = only(veneer.adapters(models[0.5])["default"])
     torch.manual_seed(5)
-    dropped = nn.functional.dropout(x, 0.5)
+    dropout = draw(x, 0.5)
+    dropped = dropout(x) * dropout.scale
     torch.manual_seed(5)
     layer = models[0.5].layer
     wanted = nn.functional.linear(x, layer.weight, layer.bias) + pair.scale * dropped @ pair.A.T @ pair.B.T

@@ -22,11 +22,15 @@ from torch import Tensor
 import veneer
 from veneer.errors import RecipeError
 
-EVENLY = ["data.held_out=12", "method={LoRA: {dropout: 0.0}}", "training.steps=16", "training.keep_checkpoints=9"]
-"""48 rows and steps of 4: each epoch is whole for one process and for two, and none of them draws its own dropout."""
+EVENLY = [
+    "data={path: chats.jsonl, held_out: 12, limit: 28}",
+    "method={LoRA: {dropout: 0.0}}",
+    "training.steps=6",
+    "training.keep_checkpoints=9",
+]
+"""16 rows and steps of 4: each epoch is whole for one process and for two, and none of them draws its own dropout."""
 WAYS = {
-    "ddp": ["training.parallel=ddp"],
-    "accumulated": ["training.micro_batch_size=1"],
+    "ddp": ["training.micro_batch_size=1"],
     "fsdp": ["training.parallel=fsdp"],
     "nf4": ["training.parallel=fsdp", "model.quantization=nf4", "evaluation.keep=best"],
 }
@@ -68,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = small_run.make(tmp_path_factory.mktemp("processes"))
     go(recipe, "one")
     go(recipe, "one-nf4", "model.quantization=nf4", "evaluation.keep=best")
-    interrupt(recipe.parent / "one", recipe.parent / "begun", 6)
+    interrupt(recipe.parent / "one", recipe.parent / "begun", 2)
     here = Path(__file__).parent
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": f"{Path(veneer.__file__).parents[1]}:{here}", "OMP_NUM_THREADS": "1"}
@@ -89,15 +93,14 @@ def test_two_processes_train_what_one_trains(folder, name):
 @pytest.mark.parametrize("name", ["begun", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(folder, name):
     if name == "fsdp":
-        interrupt(folder / "fsdp", folder / "rest", 6)
+        interrupt(folder / "fsdp", folder / "rest", 2)
         go(folder / "recipe.yaml", "rest", resume=True)
     found = tensors(folder / ("rest" if name == "fsdp" else name))
     torch.testing.assert_close(found, tensors(folder / "one"), **CLOSE)
 
 
 def test_processes_share_a_step_evenly(folder, monkeypatch):
-    three = SimpleNamespace(num_processes=3, is_main_process=True)
-    monkeypatch.setattr("veneer.train.run.processes", lambda: three)
+    monkeypatch.setattr("veneer.train.refusing.processes", lambda: SimpleNamespace(num_processes=3))
     with pytest.raises(RecipeError, match="batch_size 4 is not divided by what 3 processes compute at once, 3"):
         go(folder / "recipe.yaml", "never")
 

@@ -47,7 +47,6 @@ CASES = [
 
 
 @eight_bit
-@pytest.mark.filterwarnings("ignore:.*Function.*should not be instantiated:DeprecationWarning")  # dynamo does, itself
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache:UserWarning")
 @pytest.mark.parametrize(("law", "name", "kind"), CASES)
 def test_law(law, name, kind):

@@ -42,12 +42,26 @@ def test_methods_go_where_they_are_told_with_their_options():
     assert found.learning_rate == min(veneer.LoRA.learning_rate, veneer.IA3.learning_rate, veneer.BitFit.learning_rate)
 
 
-def test_the_methods_of_recipes_are_those_of_the_package_whose_options_can_be_written():
+def test_the_methods_of_recipes_are_those_of_the_package():
     names = set(recipe.method_options())
-    assert set(methods.__all__) - names == {"AdapterFusion", "Gated"}
-    for name in names:
+    assert names == set(methods.__all__)
+    for name in names - {"AdapterFusion", "Gated"}:
         fields = {field.name for field in dataclasses.fields(vars(methods)[name])}
         assert set(recipe.method_options()[name].model_fields) == fields | {"where"}
+
+
+def test_gates_stand_around_the_methods_below_them():
+    text = SHORT.replace(
+        "method: LoRA", "method:\n  Gated:\n    LoRA: {rank: 4, where: attention.q}\n    PrefixTuning:"
+    )
+    found = recipe.read(text)
+    prefix = veneer.PrefixTuning.default_where
+    assert found.methods() == {
+        "attention.q": (veneer.Gated(veneer.LoRA(rank=4)),),
+        prefix: (veneer.Gated(veneer.PrefixTuning()),),
+    }
+    assert found.learning_rate == min(veneer.LoRA.learning_rate, veneer.PrefixTuning.learning_rate)
+    assert recipe.read(found.yaml()).methods() == found.methods()
 
 
 def test_options_that_are_lists_become_what_methods_take():
@@ -94,7 +108,7 @@ optput: x
         ("r.yaml, line 6: training.batch_size should be a valid integer, not 1.5.", ""),
         ('r.yaml, line 6: training.seed should be a valid integer, not "yes".', ""),
         ("r.yaml, line 6: training.learning_rate should be greater than 0, not -1.", ""),
-        ("r.yaml, line 7: evaluation: limit without metrics changes nothing", ""),
+        ("r.yaml, line 7: evaluation: limit without metrics of written answers", ""),
         ("r.yaml, line 8: optput is no option.", "Closest: output."),
         ("'training.wrmup=1': training.wrmup is no option.", "Closest: warmup."),
         ("r.yaml, line 1: output is missing.", ""),
@@ -112,10 +126,17 @@ optput: x
         (SHORT + "model: other\n", "r.yaml, line 5: model stands there twice. Keep one."),
         (SHORT + "training: {epochs: 1, steps: 2}\n", "r.yaml, line 5: training: epochs and steps say the same"),
         (SHORT + "training: {batch_size: 6, micro_batch_size: 4}\n", "micro_batch_size 4 does not divide batch_size 6"),
-        (SHORT.replace("LoRA", "{}"), "r.yaml, line 2: no method is named. There are: AdaLoRA, BitFit"),
+        (SHORT.replace("LoRA", "{}"), "r.yaml, line 2: no method is named. There are: AdaLoRA, AdapterFusion, BitFit"),
+        (SHORT.replace("LoRA", "Gated"), "r.yaml, line 2: Gated names no method to put a gate on"),
+        (SHORT.replace("LoRA", "{LoRA: , AdapterFusion: {parts: [a, b]}}"), "line 2: AdapterFusion stands alone"),
+        (SHORT.replace("LoRA", "{AdapterFusion: {parts: [a]}}"), "method.AdapterFusion.parts"),
+        (SHORT.replace("LoRA", "{Gated: {LoRA: {rnk: 3}}}"), "line 2: method.Gated.LoRA.rnk is no option."),
         (SHORT.replace("LoRA", "{BottleneckAdapter: {width: 4, reduction_factor: 2.0}}"), ""),
     ],
-    ids=["no YAML", "a list", "nothing", "twice", "two lengths", "a broken step", "no method", "fits"],
+    ids=[
+        "no YAML", "a list", "nothing", "twice", "two lengths", "a broken step", "no method", "an empty gate",
+        "no fusion alone", "one part", "in a gate", "fits",
+    ],
 )  # fmt: skip
 def test_what_no_option_alone_can_say(text, message):
     if message:

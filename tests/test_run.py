@@ -20,8 +20,10 @@ from transformers import LlamaForCausalLM
 
 import veneer
 from veneer.errors import Diverged, MissingSample, RecipeError, RunError, Stopped
-from veneer.train import checkpoint, run, using
+from veneer.train import checkpoint, models, run, using
 from veneer.train import recipe as recipes
+from veneer.train.data import Data, prepare
+from veneer.train.tasks import preference
 
 
 @pytest.fixture(scope="module")
@@ -102,21 +104,24 @@ def test_an_adapter_is_measured_and_answers_again(whole):
 @pytest.mark.parametrize(
     ("model", "data", "task", "figures"),
     [
-        ("bert", "classes", "sequence_classification", {"loss", "accuracy", "f1"}),
-        ("bert", "numbers", "regression", {"loss", "mean_absolute_error"}),
-        ("t5", "pairs", "seq2seq", {"loss", "perplexity"}),
+        ("bert", "classes.jsonl", "sequence_classification", {"loss", "accuracy", "f1"}),
+        ("bert", "numbers.jsonl", "regression", {"loss", "mean_absolute_error"}),
+        ("t5", "pairs.jsonl", "seq2seq", {"loss", "perplexity"}),
+        ("vit", "images", "image_classification", {"loss", "accuracy", "f1"}),
+        ("whisper", "speech.jsonl", "speech", {"loss", "perplexity"}),
+        ("model", "preferences.jsonl", "preference", {"loss", "reward_accuracy", "reward_margin"}),
     ],
 )
 def test_every_task_trains(recipe, tmp_path, model, data, task, figures):
     folder = recipe.parent
     output = tmp_path / "out"
-    overrides = [f"model={folder / model}", f"data.path={folder / data}.jsonl", "training.steps=12"]
+    overrides = [f"model={folder / model}", f"data.path={folder / data}", "training.steps=12"]
     result = go(recipe, output, *overrides)
     assert result.recipe.record.task == task
     assert result.metrics.keys() == figures
     assert result.metrics["loss"] < result.before["loss"]
     assert using.compare(output / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-4)
-    assert bool(result.adapter.also_train) == (model == "bert")  # a head that the files do not have
+    assert bool(result.adapter.also_train) == (model in ("bert", "vit"))  # a head that the files do not have
 
 
 # --- going on
@@ -297,7 +302,16 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["data.held_out=0", "evaluation.every=1"], "evaluation.every needs held-out rows"),
         (["data.held_out=0", "evaluation={keep: best}"], "evaluation.keep needs held-out rows"),
         (["data.held_out=0", "evaluation={patience: 2}"], "evaluation.patience needs held-out rows"),
-        (["data.packing=true", "evaluation.metrics=[chrf]"], "evaluation.metrics are of written answers"),
+        (
+            ["data.packing=true", "evaluation.metrics=[chrf]"],
+            r"evaluation.metrics of written answers \(chrf\) are for conv",
+        ),
+        (["data.held_out=0", "evaluation={metrics: [perplexity]}"], "evaluation.metrics needs held-out rows"),
+        (["evaluation.metrics=[accuracy]"], "accuracy means nothing for causal; there are: perplexity, bleu"),
+        (["training.dpo_beta=0.1"], "training.dpo_beta is for rows with chosen and rejected"),
+        (["training.head_learning_rate=0.1"], "has all its weights, so no head is trained whole"),
+        (["data.shuffle=false", "training.group_by_length=true"], "group_by_length makes an order of its own"),
+        (["method={AdapterFusion: {parts: [/no/a, /no/b]}}"], "/no/a is no folder of an adapter"),
         (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
         (["model=/no/where"], "cannot be loaded"),
         (["model.revision=main"], "model.revision is for Hub ids"),
@@ -361,10 +375,13 @@ WEIGHTS = {  # these end with other weights than the plain run
     "training.lora_plus_ratio": 4.0,
     "training.seed": 1,
     "training.group_by_length": "false",
+    "data.shuffle": "false",
 }
 ELSEWHERE = {
     "model.name": "test_every_task_trains",
     "model.revision": "test_what_would_change_nothing_is_refused",
+    "training.head_learning_rate": "test_a_head_learns_at_its_own_rate",
+    "training.dpo_beta": "test_the_loss_of_preferences_is_that_of_the_paper",
     "training.parallel": "test_what_would_change_nothing_is_refused",
     "training.micro_batch_size": "test_out_of_memory_takes_smaller_micro_batches_of_the_same_steps",
     "training.gradient_checkpointing": "test_options_that_change_no_weight_change_something_else",
@@ -380,10 +397,18 @@ ELSEWHERE = {
 }
 
 
+OTHER_FILES = {
+    "data.shuffle": "test_run.py",
+    "training.cache_frozen": "test_frozen.py",
+    "training.loss": "test_frozen.py",
+}
+
+
 def test_every_option_is_shown_to_act():
     sections = {"model": recipes.Model, "training": recipes.Training, "evaluation": recipes.Evaluation}
     options = {f"{name}.{option}" for name, section in sections.items() for option in section.model_fields}
-    assert WEIGHTS.keys() | ELSEWHERE.keys() == options
+    assert WEIGHTS.keys() | ELSEWHERE.keys() | OTHER_FILES.keys() == options | {"data.shuffle"}
+    assert all(name.split(".")[1] in Path(__file__).with_name(file).read_text() for name, file in OTHER_FILES.items())
     assert set(ELSEWHERE.values()) <= globals().keys()
 
 
@@ -405,7 +430,126 @@ def test_options_that_change_no_weight_change_something_else(recipe, whole, tmp_
     assert asked
     assert checkpoint.steps(tmp_path / "out" / "checkpoints") == [4, 5, 6]
     assert list((tmp_path / "out" / "tensorboard").glob("events*"))
-    assert result.metrics.keys() == {"loss", "perplexity", "chrf", "exact_match"}
+    assert result.metrics.keys() == {"loss", "chrf", "exact_match"}
     assert len(result.report["examples"]) == 2
     assert all(len(example["answer"].encode()) <= 9 for example in result.report["examples"])
     assert same(whole, result)
+
+
+@pytest.mark.parametrize("quantization", ["bitsandbytes-4bit", "bitsandbytes-8bit"])
+def test_bitsandbytes_bases_train(recipe, tmp_path, quantization):
+    result = go(recipe, tmp_path / "out", f"model.quantization={quantization}")
+    assert result.model.is_quantized or result.model.config.quantization_config
+    assert result.metrics["loss"] < result.before["loss"]
+    assert using.compare(tmp_path / "out" / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-3)
+
+
+def test_rows_are_taken_in_the_order_of_the_file_where_nothing_shuffles(recipe, tmp_path, monkeypatch):
+    seen, real = [], run.RecipeTrainer.training_step
+
+    def step(self, model, inputs, *args):
+        seen.extend(inputs["row_numbers"].tolist())
+        return real(self, model, inputs, *args)
+
+    monkeypatch.setattr(run.RecipeTrainer, "training_step", step)
+    go(recipe, tmp_path / "out", "data.shuffle=false")
+    assert seen == list(range(24))
+
+
+def test_a_head_learns_at_its_own_rate(recipe, tmp_path):
+    task = [f"model={recipe.parent / 'bert'}", f"data.path={recipe.parent / 'classes.jsonl'}"]
+    result = go(recipe, tmp_path / "out", *task, "training.head_learning_rate=1e-30")
+    head = dict(result.adapter.named_parameters())
+    start = {name: p for name, p in result.model.named_parameters() if name in ("classifier.weight", "classifier.bias")}
+    for name, parameter in start.items():
+        torch.testing.assert_close(head[f"{name}.0.value"], parameter, rtol=0, atol=1e-20)  # it stays as it started
+    assert any(parameter.any() for name, parameter in head.items() if name.endswith("B"))
+
+
+def test_gates_and_fusions_are_written_in_recipes(recipe, tmp_path):
+    gated = go(recipe, tmp_path / "gated", "method={Gated: {LoRA: {rank: 2}, PrefixTuning: {length: 2}}}")
+    assert {type(one.method).__name__ for one in gated.adapter.claims} == {"Gated"}
+    assert gated.metrics["loss"] < gated.before["loss"]
+    for name, seed in (("one", 1), ("two", 2)):
+        go(recipe, tmp_path / name, "method={BottleneckAdapter: {width: 4}}", f"training.seed={seed}")
+    parts = f"[{tmp_path / 'one' / 'adapter'}, {tmp_path / 'two' / 'adapter'}]"
+    fused = go(recipe, tmp_path / "fused", f"method={{AdapterFusion: {{parts: {parts}, regularization: 0.1}}}}")
+    [method] = {one.method.regularization for one in fused.adapter.claims}
+    assert method == 0.1
+    assert using.compare(tmp_path / "fused" / "adapter", [])[1] == pytest.approx(fused.metrics, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "metrics"),
+    [
+        ("bert", "classes.jsonl", ["accuracy", "f1", "f1_micro", "matthews_correlation"]),
+        ("bert", "numbers.jsonl", ["mean_absolute_error", "pearsonr", "spearmanr"]),
+        ("t5", "pairs.jsonl", ["chrf", "bleu", "rouge", "exact_match", "perplexity"]),
+        ("whisper", "speech.jsonl", ["wer", "evaluation.max_new_tokens=8"]),
+    ],
+)
+def test_metrics_are_those_that_are_named(recipe, tmp_path, model, data, metrics):
+    task = [f"model={recipe.parent / model}", f"data.path={recipe.parent / data}", "training.steps=2"]
+    task += [each for each in metrics if "=" in each]
+    metrics = [each for each in metrics if "=" not in each]
+    result = go(recipe, tmp_path / "out", *task, f"evaluation.metrics=[{', '.join(metrics)}]")
+    expected = {each for name in metrics for each in (("rouge1", "rouge2", "rougeL") if name == "rouge" else (name,))}
+    assert result.metrics.keys() == {"loss"} | expected
+
+
+def test_the_loss_of_preferences_is_that_of_the_paper(recipe):
+    torch.manual_seed(0)
+    model, _ = models.base(recipes.Model(name=str(recipe.parent / "model")), "preference", None)
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    batch = {
+        "input_ids": torch.randint(0, 200, (4, 9)),
+        "attention_mask": torch.tensor([[1] * 9] * 2 + [[1] * 7 + [0] * 2] * 2),
+        "completion_mask": torch.tensor([[0] * 5 + [1] * 4] * 2 + [[0] * 5 + [1] * 2 + [0] * 2] * 2),
+    }
+    assert preference.loss(model, batch).item() == pytest.approx(math.log(2))  # the adapter changes nothing yet
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+
+    def summed(row):
+        logits = model(batch["input_ids"][row : row + 1], attention_mask=batch["attention_mask"][row : row + 1]).logits
+        logs = logits[0, :-1].log_softmax(-1)
+        places = [n for n in range(9) if batch["completion_mask"][row, n]]
+        return sum(logs[n - 1, batch["input_ids"][row, n]] for n in places)
+
+    with torch.no_grad():
+        policy = torch.stack([summed(row) for row in range(4)])
+        with veneer.use(model):
+            base = torch.stack([summed(row) for row in range(4)])
+    for beta in (0.1, 0.7):
+        ratios = beta * (policy - base)
+        expected = -torch.nn.functional.logsigmoid(ratios[:2] - ratios[2:]).mean()
+        assert preference.loss(model, batch, beta).item() == pytest.approx(expected.item(), rel=1e-5)
+    preference.loss(model, batch).backward()
+    assert all(parameter.grad.any() for parameter in adapter.parameters())
+    assert sum(p.grad is not None for p in model.parameters()) == len(list(adapter.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL, about transformers
+def test_the_loss_of_preferences_is_that_of_trl(recipe, tmp_path):
+    trl = pytest.importorskip("trl")
+    import datasets
+
+    place = str(recipe.parent / "model")
+    model, _ = models.base(recipes.Model(name=place), "preference", None)
+    tokenizer = models.processing(recipes.Model(name=place), "preference")
+    dense, _ = models.base(recipes.Model(name=place), "preference", None)  # TRL's own reference, which is a copy
+    adapter = veneer.attach(model, veneer.LoRA(rank=4))
+    for name, parameter in adapter.named_parameters():
+        if name.endswith("B"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    rows = prepare(Data(path=str(recipe.parent / "preferences.jsonl"), held_out=0), tokenizer, seed=0)
+    batch = rows.collate([rows.train[row] for row in range(4)])
+    arguments = trl.DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", beta=0.3, gradient_checkpointing=False, bf16=False
+    )
+    table = datasets.Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
+    trainer = trl.DPOTrainer(model, dense, arguments, train_dataset=table, processing_class=tokenizer)
+    theirs = trainer.compute_loss(model, batch)
+    assert preference.loss(model, batch, 0.3).item() == pytest.approx(theirs.item(), rel=1e-4)
+    assert theirs.item() != pytest.approx(math.log(2), rel=1e-2)

@@ -32,8 +32,8 @@ from veneer.train import (
 )
 from veneer.train.batch import by_length
 from veneer.train.curve import draw, smoothed
-from veneer.train.encoding import IGNORED
 from veneer.train.judge import Judge
+from veneer.train.labels import IGNORED
 from veneer.train.machine import fitting_threads, processors, versions
 from veneer.train.progress import History, Watch
 
@@ -107,29 +107,29 @@ def test_a_prompt_is_what_comes_before_the_answer(tokenizer):
     assert tokenizer.decode(prompt).startswith("<|im_start|>system\nModernize.<|im_end|>\n<|im_start|>user\nye")
 
 
-def test_a_template_without_an_end_of_turn_keeps_its_whole_answer():
+def test_an_answer_without_an_end_of_turn_ends_with_that_of_the_text():
     plain = byte_tokenizer("{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
                            "{% if add_generation_prompt %}a: {% endif %}")  # fmt: skip
     row = encode(plain, Example("ye", "you"))
-    assert plain.decode([label for label in row["labels"] if label != IGNORED]) == "you\n"
+    assert plain.decode([label for label in row["labels"] if label != IGNORED]) == "you\n<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (byte_tokenizer(CHATML.replace("assistant\n", "assistant says\n")), "not the beginning of the whole chat"),
         (byte_tokenizer(None), "has no chat template. Set tokenizer.chat_template"),
         (
             byte_tokenizer("{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"),
-            "leaves no token to learn from the answer 'you are' to 'thou art'",
+            "leaves out the assistant's 'you are'",
         ),
-        (byte_tokenizer(CHATML.replace("\n", " "), [("Ġ", "y")]), "joins the end of the prompt .* with the answer"),
     ],
-    ids=["not a prefix", "no template", "nothing to learn", "joined tokens"],
+    ids=["no template", "nothing to learn"],
 )  # fmt: skip
-def test_a_template_without_a_sure_boundary_is_refused(broken, message):
+def test_a_template_that_has_no_answer_is_refused(broken, message):
     with pytest.raises(TemplateError, match=message):
         encode(broken, EXAMPLES[0])
+    with pytest.raises(TemplateError, match="The answer to 'thou art' is empty"):
+        encode(byte_tokenizer(CHATML), Example("thou art", " "))
     assert issubclass(TemplateError, VeneerError)
 
 
@@ -260,7 +260,7 @@ def test_a_recipe_names_its_optimizer(tokenizer, tmp_path, monkeypatch):
 
 def test_the_optimizer_takes_the_adapters_own_groups(tokenizer, monkeypatch):
     groups = veneer.Adapter.parameter_groups
-    monkeypatch.setattr(veneer.Adapter, "parameter_groups", lambda self, lr, ratio: groups(self, lr=0.0))
+    monkeypatch.setattr(veneer.Adapter, "parameter_groups", lambda self, lr, ratio, head: groups(self, lr=0.0))
     _, adapter, _, _, _ = trained(tokenizer, steps=2)
     assert all(not parameter.any() for key, parameter in adapter.named_parameters() if key.endswith("B"))
 

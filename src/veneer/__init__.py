@@ -84,6 +84,7 @@ from veneer.methods import (
     VeRA,
 )
 from veneer.optim import (
+    FlatAdamW,
     PagedAdamW,
     optimizer,
 )
@@ -113,6 +114,7 @@ from veneer.starts import (
 from veneer.store import (
     load,
     save,
+    swap,
 )
 
 __all__ = [
@@ -128,6 +130,7 @@ __all__ = [
     "Delta",
     "DoRA",
     "Drift",
+    "FlatAdamW",
     "FullFineTuning",
     "Gated",
     "HiRA",
@@ -177,6 +180,7 @@ __all__ = [
     "save",
     "save_quantized",
     "start_prefix",
+    "swap",
     "to_lora",
     "train",
     "unmerge",

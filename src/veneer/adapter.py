@@ -230,7 +230,7 @@ def take_off(model: nn.Module, adapter: Adapter) -> None:
     routes.order.remove(adapter.name)
     routes.active = tuple(name for name in routes.active if name != adapter.name)
     if routes.rows is not None:
-        routes.rows = tuple(tuple(name for name in row if name != adapter.name) for row in routes.rows)
+        routes.route(model, [[name for name in row if name != adapter.name] for row in routes.rows])
     del state.adapters[adapter.name]
     adapter.attached = False
     if not state.adapters:
@@ -254,10 +254,12 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     ran: set[int] = set()
     watched = [one for adapter in active for one in adapter.claims if one.place.path not in state.routes.dropped]
     hooks = [one.delta.register_forward_hook(lambda delta, args, y: ran.add(id(delta))) for one in watched]
+    state.routes.look_again()
     try:
         with torch.no_grad():
             model(**batch)
     finally:
         for hook in hooks:
             hook.remove()
+        state.routes.look_again()
     return [one.place.path for one in watched if id(one.delta) not in ran]

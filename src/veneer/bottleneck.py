@@ -7,8 +7,8 @@ the sum, elsewhere N is the identity. A bottleneck A reads z and adds to y:
     parallel        y' = y + A(x)
     after_residual  y' = y + A(N(r + y))
 
-Weights are kept in float32 and cast to the dtype of the activations for the products. The scale is folded into the up
-projection, whose entries are few beside those of the activations.
+Weights are kept in float32 and cast to the dtype of the activations for the products. The scale, and dropout's, are
+folded into the up projection, whose entries are few beside those of the activations; of dropout's mask a seed is kept.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from veneer.delta import After, Place
 from veneer.errors import MethodError
+from veneer.ops.dropout import drawn
 
 Placement = Literal["serial", "parallel", "after_residual"]
 Activation = Literal["relu", "gelu", "silu", "tanh", "leaky_relu"]
@@ -88,14 +89,15 @@ class Bottleneck(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         down, up = self.matrices()
         up_bias: Tensor | None = self.up_bias
-        if not isinstance(self.scale, float) or self.scale != 1.0:
-            up = up * (self.scale.unsqueeze(-1) if isinstance(self.scale, Tensor) else self.scale)
-            up_bias = None if up_bias is None else up_bias * self.scale
+        dropout = drawn(self.dropout, z)
+        scale = self.scale * dropout.scale
+        if not isinstance(scale, float) or scale != 1.0:
+            up = up * (scale.unsqueeze(-1) if isinstance(scale, Tensor) else scale)
+            up_bias = None if up_bias is None else up_bias * scale
         if self.norm_weight is not None:
             z = F.layer_norm(z, z.shape[-1:], _cast(self.norm_weight, z), _cast(self.norm_bias, z))
         h = _ACTIVATIONS[self.activation](F.linear(z, down.to(z.dtype), _cast(self.down_bias, z)))
-        grown: Tensor = self.dropout(F.linear(h, up.to(z.dtype), _cast(up_bias, z)))
-        return grown
+        return dropout(F.linear(h, up.to(z.dtype), _cast(up_bias, z)))
 
 
 def _cast(parameter: Tensor | None, like: Tensor) -> Tensor | None:

@@ -266,6 +266,13 @@ class Before(Delta):
 class After(Delta):
     """y = base(x) becomes delta(x, y)."""
 
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A [rank, in], B [out, rank], s) where delta(x, y) is now y + s·x·Aᵀ·Bᵀ for every y; None where it is not.
+
+        Rows of a batch under different adapters are then served together, without a call of each delta.
+        """
+        return None
+
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor: ...
 

@@ -11,8 +11,8 @@ VeneerError
 │   ├── UnknownAdapter     no adapter of that name is attached
 │   └── NotMergeable       this adapter cannot be folded into the weights
 ├── OptimizerError         an optimizer's name, options or state, or the room for it
-├── LossError              a model's loss cannot be computed in chunks
 ├── PlanError              what is to be planned has no such model, device or setting
+├── LossError              a model's loss cannot be computed in chunks
 ├── RoutingError           rows of a batch cannot be told apart here
 ├── FileError              a file cannot be used
 │   ├── CorruptFile        truncated, garbled, or not what its name says

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from veneer.counting import count_parameters
 from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
 from veneer.originals import Original
+from veneer.refilling import Refill
 from veneer.site import Routes
 
 STATE = "_veneer"
@@ -53,6 +55,12 @@ class Adapter:
         self.also_train = tuple(also_train)
         self.originals: list[Original] = []
         self.attached = True
+        self.refill: Refill | None = None
+        """What takes in the files of other adapters of the same recipe, once one has been."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has tensors of its own to refill."""
+        return {**vars(self), "refill": None}
 
     def __repr__(self) -> str:
         methods = dict.fromkeys(type(claim.method).__name__ for claim in self.claims)
@@ -138,21 +146,33 @@ class Adapter:
         for key, tensor in own.items():
             tensor.copy_(sharding.like(tensors[key], tensor))
 
-    def parameter_groups(self, lr: float, lora_plus_ratio: float | None = None) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, lr: float, lora_plus_ratio: float | None = None, head_lr: float | None = None
+    ) -> list[dict[str, Any]]:
         """Groups for an optimizer: one at `lr`, and with `lora_plus_ratio` a second, at `lr` times it, for every B.
 
+        `head_lr` is the rate of what `also_train` names, such as a new head.
+
         LoRA+ (Hayou et al., "LoRA+: Efficient Low Rank Adaptation of Large Models", ICML 2024, arXiv:2402.12354) trains
-        B faster than A; the paper's ratio is 16. Raises MethodError where the adapter has no B.
+        B faster than A; the paper's ratio is 16. Raises MethodError where the adapter has no B, or no `also_train`.
         """
         fast = {id(p) for claim in self.claims for n, p in claim.delta.named_parameters() if n in claim.delta.fast}
-        if lora_plus_ratio is None:
-            return [{"params": list(self.parameters()), "lr": lr}]
-        if not fast:
+        if lora_plus_ratio is not None and not fast:
             raise MethodError(f"{self!r} has no B for lora_plus_ratio to act on. Leave lora_plus_ratio out.")
-        groups = [
-            {"params": [p for p in self.parameters() if id(p) not in fast], "lr": lr},
-            {"params": [p for p in self.parameters() if id(p) in fast], "lr": lr * lora_plus_ratio},
-        ]
+        if head_lr is not None and not self.also_train:
+            raise MethodError(f"{self!r} has no also_train for head_lr to act on. Leave head_lr out.")
+        pattern = rf"(.*\.)?({'|'.join(map(re.escape, self.also_train))})\..*"
+        head = [one.delta for one in self.claims if self.also_train and re.fullmatch(pattern, one.place.path)]
+        own = {id(p) for delta in head for p in delta.parameters()}
+        rates = {id(p): lr for p in self.parameters()}
+        if lora_plus_ratio is not None:
+            rates |= dict.fromkeys(fast, lr * lora_plus_ratio)
+        if head_lr is not None:
+            rates |= dict.fromkeys(own, head_lr)
+        order = dict.fromkeys(
+            [lr, *([lr * lora_plus_ratio] if lora_plus_ratio else []), *([head_lr] if head_lr else [])]
+        )
+        groups = [{"params": [p for p in self.parameters() if rates[id(p)] == rate], "lr": rate} for rate in order]
         return [group for group in groups if group["params"]]
 
     def summary(self) -> str:

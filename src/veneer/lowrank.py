@@ -4,7 +4,8 @@ Where the layer is called, the pair runs beside it on activations and W' is neve
 functionally, the change s·B·A is added to the weight as it is read.
 
 Adapter weights are kept in float32 and cast to the dtype of the activations for the product: that reads the activations
-as they are and keeps no float32 copy of them for backward; matrix products accumulate in float32 all the same.
+as they are and keeps no float32 copy of them for backward; matrix products accumulate in float32 all the same. What a
+backward needs, and no more, is the business of `ops/lora.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.delta import After, Delta, Place, Weight, compute_dtype
+from veneer.layers import Matrix
+from veneer.ops import lora
+from veneer.ops.dropout import Dropout, drawn
 
 
 class Pair(Delta):
@@ -60,18 +63,49 @@ class Beside(Pair, After):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if x.is_floating_point():
-            x = self.dropout(x.to(y.dtype))
-        return self.change(x, y)
+        return self.change(x, y, drawn(self.dropout, x))
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
-        """The base's answer y with the pair in it; x as dropout left it."""
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """A and B of all parts together, unless dropout or a subclass has its own way with x and y."""
+        plain = isinstance(self.map, Matrix) and type(self).change is Beside.change
+        if not plain or (self.training and self.dropout.p):
+            return None
+        (A, B, sign), *rest = self.parts()
+        if rest:
+            A = torch.cat([A, *(other for other, _, _ in rest)])
+            B = torch.cat([B, *(other * (sign * turn) for _, other, turn in rest)], dim=1)
+        return A, B, sign * self.scale
+
+    def change(self, x: Tensor, y: Tensor, dropout: Dropout) -> Tensor:
+        """The base's answer y with the pair in it."""
+        parts = self.parts()
+        if len(parts) == 1 and isinstance(self.map, Matrix):
+            ((A, B, sign),) = parts
+            return lora.beside(x, y, A, B, sign * self.scale, dropout)
+        scale = self.scale * dropout.scale
         return y + total(
-            [
-                self.map.up(self.map.down(x, A.to(y.dtype)) * (sign * self.scale), B.to(y.dtype))
-                for A, B, sign in self.parts()
-            ]
+            [self.map.up(self.down(x, A, y, dropout) * (sign * scale), B.to(y.dtype)) for A, B, sign in parts]
         )
+
+    def down(self, x: Tensor, A: Tensor, y: Tensor, dropout: Dropout) -> Tensor:
+        """What A makes of what dropout leaves of x, in the dtype of y, before dropout's scale."""
+        if isinstance(self.map, Matrix):
+            return lora.down(x, A, y.dtype, dropout)
+        return self.map.down(dropout(x.to(y.dtype) if x.is_floating_point() else x), A.to(y.dtype))
+
+    def added(self, h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
+        """y with scale·B(h) added to it."""
+        if isinstance(self.map, Matrix):
+            return lora.up(h, y, B, scale)
+        return y + self.map.up(h * scale, B.to(y.dtype))
+
+    def turned(self, h: Tensor, y: Tensor, g: Tensor, bias: Tensor | None) -> Tensor:
+        """bias + g·(y - bias + s·B(h)), with one g for each output."""
+        if isinstance(self.map, Matrix):
+            return lora.turned(h, y, self.B, g, bias, self.scale)
+        plain = y if bias is None else y - self.map.along(bias.to(y.dtype))
+        B = g.view(-1, *[1] * (self.B.dim() - 1)) * self.B
+        return self.added(h, y + self.map.along((g - 1).to(y.dtype)) * plain, B, self.scale)
 
 
 class Inside(Pair, Weight):
@@ -133,22 +167,23 @@ class Vectors(Delta):
         self.d = nn.Parameter(torch.full((rank,), d_initial, **place.new))
         self.b = nn.Parameter(torch.zeros(place.shape[0], **place.new))
 
-    def factors(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This layer's part of A, d, and its part of diag(b)·B, where and as `like` is."""
-        A, B = self.shared.A[:, : self.shape[1]].to(like), self.shared.B[: self.shape[0]].to(like)
-        return A, self.d.to(like.dtype), self.b.to(like.dtype)[:, None] * B
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """This layer's parts of A and B, where its own vectors are."""
+        A, B = self.shared.A[:, : self.shape[1]], self.shared.B[: self.shape[0]]
+        return A.to(self.d.device), B.to(self.d.device)
 
     def merge(self, weight: Tensor) -> Tensor:
-        A, d, B = self.factors(weight)
-        return weight + B * d @ A
+        A, B = (factor.to(weight.dtype) for factor in self.factors())
+        return weight + self.b.to(weight.dtype)[:, None] * B * self.d.to(weight.dtype) @ A
 
 
 class BesideShared(Vectors, After):
     """y + diag(b)·B·diag(d)·A·dropout(x)."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        A, d, B = self.factors(y)
-        return y + F.linear(F.linear(self.dropout(x.to(y.dtype)), A) * d, B)
+        A, B = self.factors()
+        dropout = drawn(self.dropout, x)
+        return lora.scaled(lora.down(x, A, y.dtype, dropout), y, self.d, B, self.b, dropout.scale)
 
 
 class InsideShared(Vectors, Weight):

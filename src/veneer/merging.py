@@ -84,7 +84,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
     checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
-        routes.rows = tuple(in_order(state, [*row, adapter.name]) for row in routes.rows)
+        routes.route(model, [in_order(state, [*row, adapter.name]) for row in routes.rows])
     torch.compiler.reset()
 
 
@@ -232,7 +232,8 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     Raises AdapterError where it is not merged, or another adapter was merged after it.
     """
     adapter = handle(model, adapter)
-    merged = state_of(model).routes.merged
+    routes = state_of(model).routes
+    merged = routes.merged
     if adapter.name not in merged:
         raise AdapterError(f"Adapter '{adapter.name}' is not merged.")
     if merged[-1] != adapter.name:
@@ -240,6 +241,7 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
     _refuse_measured(model, adapter)
     _restore(adapter)
     merged.remove(adapter.name)
+    routes.route(model, routes.rows)
     checkpoints.merged(model, bool(merged))
     torch.compiler.reset()
 

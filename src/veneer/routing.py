@@ -53,7 +53,7 @@ def _route(
     dropped = _dropped(model, state, acting, drop_layers)
     state.routes.dropped = dropped
     state.routes.active = in_order(state, chosen)
-    state.routes.rows = None if by_row is None else tuple(in_order(state, row) for row in by_row)
+    state.routes.route(model, None if by_row is None else [in_order(state, row) for row in by_row])
 
 
 def _dropped(model: nn.Module, state: State, acting: Sequence[str], layers: Collection[int]) -> frozenset[str]:
@@ -97,10 +97,11 @@ def use(
     let gradient checkpointing recompute with other adapters.
     """
     routes = state_of(model).routes
-    before = routes.active, routes.rows, routes.dropped
+    before, mixed = (routes.active, routes.dropped), routes.rows
     _route(model, names, rows, drop_layers)
     try:
         with torch.no_grad():
             yield model
     finally:
-        routes.active, routes.rows, routes.dropped = before
+        routes.active, routes.dropped = before
+        routes.route(model, mixed)

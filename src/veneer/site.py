@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, Span, Weight, row_index
 from veneer.errors import MethodError, PlaceError, RoutingError
+from veneer.mixing import Group, Mix
 
 CHILD = "adapters"
 hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
@@ -44,16 +45,27 @@ class Routes:
     order: list[str] = field(default_factory=list)
     active: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] | None = None
+    mix: Mix | None = None
+    """`rows` in the form in which they are served together; there whenever `rows` are."""
     merged: list[str] = field(default_factory=list)
     dropped: frozenset[str] = frozenset()
     """Paths of places where nothing acts, whoever is active."""
 
-    def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
-        """The rows of a batch that `name` acts on; None means all, [] none.
+    def route(self, model: nn.Module, rows: Sequence[Sequence[str]] | None) -> None:
+        """Give each row of the model's batches its adapters; None gives all rows the active ones."""
+        self.rows = None if rows is None else tuple(map(tuple, rows))
+        self.mix = None
+        if self.rows is not None:
+            device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            self.mix = Mix([name for name in self.order if name not in self.merged], self.rows, device)
 
-        `generate` repeats each row for its beams and its returned sequences, side by side, and some models fold other
-        dimensions into the batch in the same order; so a batch k times as long as `rows` gives each entry k rows.
-        """
+    def look_again(self) -> None:
+        """What hangs on the deltas' calls has changed."""
+        if self.mix is not None:
+            self.mix.forget()
+
+    def served(self, name: str, batch: Tensor | None, path: str) -> list[int] | None:
+        """The rows of a batch that `name` acts on; None means all, [] none."""
         if name in self.merged:
             return []
         if self.rows is None:
@@ -63,19 +75,29 @@ class Routes:
             return None
         if not any(mine):
             return []
-        size = 0 if batch is None else len(batch)
-        repeats, left = divmod(size, len(self.rows))
-        if left or not repeats:
-            raise RoutingError(
-                f"rows names {len(self.rows)} rows but a batch of {size} reached {path}. Give one entry a row of the "
-                "batch, in its order."
-            )
+        repeats = repeated(len(self.rows), batch, path)
         return [row * repeats + k for row, me in enumerate(mine) if me for k in range(repeats)]
 
     def serves(self, name: str, binding: Binding) -> bool:
         """Whether `name` acts at this binding, on all rows or some."""
         acting = self.active if self.rows is None else {each for row in self.rows for each in row}
         return name in acting and name not in self.merged and binding.path not in self.dropped
+
+
+def repeated(rows: int, batch: Tensor | None, path: str) -> int:
+    """How many rows of the batch each of `rows` entries has; RoutingError where it does not come out even.
+
+    `generate` repeats each row for its beams and its returned sequences, side by side, and some models fold other
+    dimensions into the batch in the same order; so a batch k times as long as `rows` gives each entry k rows.
+    """
+    size = 0 if batch is None else len(batch)
+    repeats, left = divmod(size, rows)
+    if left or not repeats:
+        raise RoutingError(
+            f"rows names {rows} rows but a batch of {size} reached {path}. Give one entry a row of the batch, in its "
+            "order."
+        )
+    return repeats
 
 
 class Held:
@@ -129,14 +151,16 @@ class Site(nn.ModuleDict):
         self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None
     ) -> Iterator[tuple[Delta, Binding, Rows]]:
         """The deltas that act now at one port, with the rows they act on (None: all)."""
-        for name in self.routes.order:
-            if name not in self.bindings:
+        routes, lists = self.routes, self._modules
+        for name in routes.order if routes.rows is not None else routes.active:
+            if name not in lists:
                 continue
-            rows = self.routes.served(name, batch, self.path)
+            rows = routes.served(name, batch, self.path)
             if rows == []:
                 continue
-            for delta, binding in zip(cast(nn.ModuleList, self[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port) and binding.path not in self.routes.dropped:
+            deltas = lists[name]._modules.values()  # as they lie: this runs at every call
+            for delta, binding in zip(deltas, self.bindings[name], strict=True):
+                if isinstance(delta, port) and binding.path not in routes.dropped:
                     yield delta, binding, rows
 
 
@@ -284,6 +308,8 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A tensor whose first dimension is the batch: the first that a module was called with, if any."""
+    if args and isinstance(args[0], Tensor):
+        return args[0]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 
@@ -307,17 +333,60 @@ def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    for delta, binding, rows in cast(Site, module.adapters).deltas((After, Input), _batch(args, kwargs)):
+    site: Any = module._modules[CHILD]
+    mix = site.routes.mix
+    groups = None if mix is None else _grouped(site, mix)
+    if mix is not None and groups is not None:
+        x = _first(args, kwargs)
+        repeats = repeated(len(mix.index), _batch(args, kwargs), site.path)
+        for group in groups:
+            y = output if group.item is None else output[group.item]
+            columns = None if group.spans is None else row_index(group.spans, y.device)
+            part = y if columns is None else y.index_select(-1, columns)
+            part = group.add(mix, repeats, x, part)
+            y = part if columns is None else y.index_copy(-1, columns, part)
+            output = y if group.item is None else _replaced(output, group.item, y)
+        return output
+    for delta, binding, rows in site.deltas((After, Input), _batch(args, kwargs)):
         if isinstance(delta, Input) and delta.slots:
             continue  # that happens before the stack
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
-            y = _columns(delta, x, y, binding.spans)
+            y = delta(x, y) if binding.spans is None else _columns(delta, x, y, binding.spans)
         else:
             y = _put(y, 0, rows, _columns(delta, _take(x, 0, rows), _take(y, 0, rows), binding.spans))
         output = y if binding.item is None else _replaced(output, binding.item, y)
     return output
+
+
+def _grouped(site: Site, mix: Mix) -> list[Group] | None:
+    """What serves the rows together here; None where each delta serves its own rows."""
+    if torch.compiler.is_compiling():
+        return _groups(site, mix.able)  # whoever acts now: the graph must not depend on it
+    return None if mix.uniform else mix.groups(site.path, site.training, lambda: _groups(site, mix.acting))
+
+
+def _groups(site: Site, names: Sequence[str]) -> list[Group] | None:
+    """The deltas of these adapters by what they change, where all that act after the module offer a pair; else None."""
+    groups: dict[tuple[Any, ...], Group] = {}
+    for name in names:
+        if name not in site.bindings:
+            continue
+        for delta, binding in zip(cast(nn.ModuleList, site[name]), site.bindings[name], strict=True):
+            slots = isinstance(delta, Input) and delta.slots
+            if not isinstance(delta, (After, Input)) or slots or binding.path in site.routes.dropped:
+                continue
+            if not isinstance(delta, After) or binding.held or _watched(delta) or delta.pair() is None:
+                return None
+            group = groups.setdefault((binding.spans, binding.item), Group(binding.spans, binding.item))
+            group.members.setdefault(name, []).append(delta)
+    return list(groups.values())
+
+
+def _watched(delta: Delta) -> bool:
+    """Whether something hangs on the delta's call, which moves its tensors or looks whether it runs."""
+    return bool(delta._forward_hooks or delta._forward_pre_hooks or "forward" in vars(delta))
 
 
 def _replaced(output: Any, item: int | str, y: Tensor) -> Any:

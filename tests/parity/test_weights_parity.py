@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropping import same_dropout
 from tiny import FAMILIES, logits, perturb
 from torch import Tensor, nn
 
@@ -325,6 +326,7 @@ def test_dora_drops_the_same_numbers(tmp_path):
     adapter = veneer.load(ours, tmp_path)
     still = case.answer(ours).detach()
     answers = []
+    same_dropout(theirs)
     for model in (ours, theirs):
         model.train()
         torch.manual_seed(11)

@@ -28,7 +28,7 @@ def data(
 
     Example: veneer data conversations.jsonl --tokenizer runs/demo/merged -n 1
     """
-    from veneer.train.data.look import look
+    from veneer.train.look import look
 
     seen = look(source, tokenizer, examples)
     if json:

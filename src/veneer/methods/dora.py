@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from veneer.delta import Place, Product
 from veneer.lowrank import Beside, Inside, Pair
 from veneer.methods.lora import LoRA
+from veneer.ops.dropout import Dropout
 
 
 class _Rows(Pair):
@@ -31,10 +32,9 @@ class _Rows(Pair):
     def lengths(self) -> Tensor:
         """Those of the rows of W + s·B·A: |W|² + 2s·<W, B·A> + s²·|B·A|², none of which forms the product B·A."""
         A, B, W = self.A.flatten(1), self.B.flatten(1), self.product.place.weight
-        crossed = self.product(A.to(W.dtype) if W.is_floating_point() and W.itemsize > 1 else A).T.to(B.dtype) * B
-        squares: Tensor = self.get_buffer("squares") + (
-            2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T)) * B
-        ).sum(1)
+        crossed = self.product(A.to(W.dtype) if W.is_floating_point() and W.itemsize > 1 else A).T.to(B.dtype)
+        changes = (2 * self.scale * crossed + self.scale**2 * (B @ (A @ A.T))) * B
+        squares: Tensor = self.get_buffer("squares") + changes.sum(1)
         return torch.sqrt(squares.clamp_min(torch.finfo(squares.dtype).tiny))
 
     def merge(self, weight: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class _Rows(Pair):
 class _Beside(_Rows, Beside):
     """y + (g-1)·(y - bias) + g·s·B·A·x with g = m / |W + s·B·A|."""
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
-        g = self.m / self.lengths()
-        plain = y if (bias := self.product.bias()) is None else y - self.map.along(bias.to(y.dtype))
-        if self.training and self.dropout.p and x.is_floating_point():  # PEFT's: the base's part sees dropped inputs
-            W = self.product.place
-            plain = self.product(x) if len(W.shape) == 2 else self.map.down(x, W.read().to(x.dtype))
-        B = (self.scale * g.view(-1, *[1] * (self.B.dim() - 1)) * self.B).to(y.dtype)
-        return y + self.map.along((g - 1).to(y.dtype)) * plain + self.map.up(self.map.down(x, self.A.to(y.dtype)), B)
+    def change(self, x: Tensor, y: Tensor, dropout: Dropout) -> Tensor:
+        g, h = self.m / self.lengths(), self.down(x, self.A, y, dropout)
+        if dropout.seed is None:
+            return self.turned(h, y, g, self.product.bias())
+        x, place = dropout(x.to(y.dtype)), self.product.place  # PEFT's: the base's part sees dropped inputs
+        plain = self.product(x) if len(place.shape) == 2 else self.map.down(x, place.read().to(y.dtype))
+        y = y + self.map.along(((g - 1) * dropout.scale).to(y.dtype)) * plain
+        return self.added(h, y, g.view(-1, *[1] * (self.B.dim() - 1)) * self.B, self.scale * dropout.scale)
 
 
 class _Inside(_Rows, Inside):

@@ -10,6 +10,7 @@ import torch
 
 from veneer.errors import OptimizerError, closest
 from veneer.handle import Adapter
+from veneer.optim.flat import FlatAdamW
 from veneer.optim.paged import PagedAdamW
 
 PAGED_FROM = 100_000
@@ -17,13 +18,20 @@ PAGED_FROM = 100_000
 
 
 def optimizer(
-    adapter: Adapter, name: str = "adamw", *, lr: float, lora_plus_ratio: float | None = None, **options: Any
+    adapter: Adapter,
+    name: str = "adamw",
+    *,
+    lr: float,
+    lora_plus_ratio: float | None = None,
+    head_lr: float | None = None,
+    **options: Any,
 ) -> torch.optim.Optimizer:
     """An optimizer over what the adapter trains, in its groups (`Adapter.parameter_groups`).
 
     | name | class | states of float32 parameters |
     |---|---|---|
     | `adamw` | torch's `AdamW` | on the device, 8 bytes each |
+    | `flat` | `FlatAdamW`, one call for all tensors | on the device, 8 bytes each |
     | `paged` | `PagedAdamW` | in the host's memory or on disk, 8 bytes each |
     | `paged-bitsandbytes` | bitsandbytes' `PagedAdamW` | CUDA's unified memory, if of 100,000 elements or more |
     | `adamw-8bit` | bitsandbytes' `AdamW8bit` | 2 bytes each in tensors of 4,096 elements or more, on a CPU too |
@@ -37,7 +45,7 @@ def optimizer(
     if name not in _BUILDERS:
         raise OptimizerError(f"There is no optimizer '{name}'.{closest(name, _BUILDERS)} All: {', '.join(_BUILDERS)}.")
     build = _BUILDERS[name](adapter)
-    built: torch.optim.Optimizer = build(adapter.parameter_groups(lr, lora_plus_ratio), lr=lr, **options)
+    built: torch.optim.Optimizer = build(adapter.parameter_groups(lr, lora_plus_ratio, head_lr), lr=lr, **options)
     return built
 
 
@@ -71,6 +79,7 @@ def _paged_bitsandbytes(adapter: Adapter) -> Any:
 
 _BUILDERS: dict[str, Callable[[Adapter], Any]] = {
     "adamw": lambda adapter: torch.optim.AdamW,
+    "flat": lambda adapter: FlatAdamW,
     "paged": lambda adapter: PagedAdamW,
     "paged-bitsandbytes": _paged_bitsandbytes,
     "adamw-8bit": lambda adapter: _bitsandbytes("adamw-8bit").AdamW8bit,

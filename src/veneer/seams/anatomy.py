@@ -170,12 +170,12 @@ def _without_cache(model: Any) -> dict[str, bool]:
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Within, the base runs alone: what an adapter adds is no part of the model's anatomy."""
     routes = next((here.routes for _, here in site.sites(model)), site.Routes())
-    before = routes.active, routes.rows
-    routes.active, routes.rows = (), None
+    before = routes.active, routes.rows, routes.mix
+    routes.active, routes.rows, routes.mix = (), None, None
     try:
         yield
     finally:
-        routes.active, routes.rows = before
+        routes.active, routes.rows, routes.mix = before
 
 
 def repeated(model: nn.Module) -> list[str]:

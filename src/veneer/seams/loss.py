@@ -8,6 +8,7 @@ repeated on each chunk. Whether all this is the model's own loss is tried before
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from types import TracebackType
@@ -120,10 +121,9 @@ class ChunkedLoss:
                 f"called with {tuple(hidden.shape[:-1])}. Give each token a label, -100 where nothing is learned."
             )
         labels = labels.to(hidden.device)
-        found: Tensor = self._loss(hidden, labels, labels != ignore_index, num_items_in_batch)
+        found: Tensor = _uncompiled()(self, hidden, labels, labels != ignore_index, num_items_in_batch)
         return found
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _loss(self, hidden: Tensor, labels: Tensor, asked: Tensor, items: Tensor | int | None) -> Tensor:
         labels = labels[asked]
         total = summed_cross_entropy(hidden[asked], labels, self._logits, self.tokens)
@@ -198,6 +198,13 @@ class ChunkedLoss:
                     f"{float((one - other).norm()):.2g} of {float(one.norm()):.2g}. Train it with its own loss."
                 )
         self.tokens = tokens or chunk_length(watch.vocabulary)
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """The loss, which compiled code leaves to eager code; made when wanted, since Dynamo takes a second to import."""
+    found: Callable[..., Tensor] = torch.compiler.disable(ChunkedLoss._loss)
+    return found
 
 
 class _Logits:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from veneer.train.accelerating import save_adapters_only
 from veneer.train.batch import Collator
 from veneer.train.callback import AdapterCallback
-from veneer.train.encoding import Encoded, Example, encode, encode_prompt
 from veneer.train.evaluate import answer_logits, chrf, held_out_loss, write
+from veneer.train.examples import Example, encode, encode_prompt
 from veneer.train.fit import Recipe, fit
+from veneer.train.labels import Encoded
 from veneer.train.progress import History
 
 if TYPE_CHECKING:

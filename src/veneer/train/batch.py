@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from veneer.train.encoding import IGNORED, Encoded
+from veneer.train.labels import IGNORED, Encoded
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from veneer.samples.packages import demo_extra
 from veneer.samples.quiet import quiet
 from veneer.train.batch import Collator, by_length
-from veneer.train.encoding import IGNORED, Encoded
+from veneer.train.labels import IGNORED, Encoded
 
 
 def held_out_loss(model: PreTrainedModel, rows: Sequence[Encoded], collator: Collator, batch_size: int = 16) -> float:

@@ -20,7 +20,7 @@ from veneer import Adapter
 from veneer.train.arguments import arguments
 from veneer.train.batch import Collator
 from veneer.train.callback import AdapterCallback
-from veneer.train.encoding import Encoded
+from veneer.train.labels import Encoded
 from veneer.train.progress import History, Watch
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from veneer.samples.smollm2 import Chat
 from veneer.train.batch import Collator
-from veneer.train.encoding import Example, encode, encode_prompt
 from veneer.train.evaluate import answer_logits, chrf, held_out_loss, write
+from veneer.train.examples import Example, encode, encode_prompt
 
 
 @dataclass(frozen=True)

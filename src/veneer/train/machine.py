@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,3 +63,15 @@ def processors(quota: Path = QUOTA) -> int:
 def versions() -> dict[str, str]:
     """What a result depends on."""
     return {"python": platform.python_version()} | {package: version(package) for package in PACKAGES}
+
+
+def commit() -> str | None:
+    """The commit of the working directory, and whether it is clean; None outside a repository."""
+    try:
+        commit, status = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}, with changes" if status else commit

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, as a recipe names them."""
+"""The base model and what makes its batches, as a recipe names them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
 
 import veneer
 from veneer.errors import LossError, RecipeError
@@ -19,35 +13,45 @@ from veneer.samples import named
 from veneer.samples.quiet import quiet
 from veneer.seams.loss import ChunkedLoss
 from veneer.train.recipe import Model
-
-CLASSES: dict[str, Any] = {
-    "causal": AutoModelForCausalLM,
-    "sequence_classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "seq2seq": AutoModelForSeq2SeqLM,
-}
-"""The tasks that a recipe trains, and who loads their models."""
+from veneer.train.tasks import TASKS
 
 
-def tokenizer(model: Model) -> Any:
-    """The model's tokenizer."""
-    return _loaded(AutoTokenizer, model)
+def processing(model: Model, task: str) -> Any:
+    """The model's tokenizer; for images its image processor, for speech its processor with both."""
+    return _loaded(TASKS[task].processing, model)
 
 
 def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[str]]:
     """The model, on the accelerator if there is one, and the modules that its files have no weights for."""
-    options: dict[str, Any] = {"dtype": model.dtype}
-    if task == "regression":
-        options |= {"num_labels": 1, "problem_type": "regression"}
-    elif labels is not None:
-        options |= {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
-        options["num_labels"] = len(labels)
-    found, report = _loaded(CLASSES[task], model, output_loading_info=True, **options)
-    fresh = sorted({key.rpartition(".")[0] for key in report["missing_keys"]})
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    options: dict[str, Any] = {"dtype": model.dtype, **TASKS[task].options(labels)}
+    if model.quantization in ("bitsandbytes-4bit", "bitsandbytes-8bit"):
+        options |= {"quantization_config": _bitsandbytes(model.quantization), "device_map": {"": str(device)}}
+    found, report = _loaded(TASKS[task].loader, model, output_loading_info=True, **options)
+    fresh = sorted({key.rpartition(".")[0] for key in (*report["missing_keys"], *_misfits(report))})
     if model.quantization == "nf4":
         veneer.quantize(found, veneer.NF4())
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return found.to(device), fresh
+    return found if "device_map" in options else found.to(device), fresh
+
+
+def _misfits(report: Any) -> list[str]:
+    """Weights of another shape than the model's, in place of which there are new ones."""
+    return [key for key, *_ in report["mismatched_keys"]]
+
+
+def _bitsandbytes(quantization: str) -> Any:
+    """transformers' own way to a base that bitsandbytes quantizes; NF4 with bfloat16 products, as QLoRA has it."""
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            f"model.quantization {quantization} needs bitsandbytes. Run: pip install bitsandbytes, or take nf4."
+        )
+    if quantization == "bitsandbytes-8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def chunked(model: Any, asked: str, parallel: str = "ddp") -> ChunkedLoss | str:

@@ -18,7 +18,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class Order(Sampler[int], TrainerCallback):
     """Rows shuffled, with those of like length together where lengths are known; a callback that follows the epochs."""
 
-    def __init__(self, rows: int, batch_size: int, lengths: Sequence[int] | None, seed: int) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, lengths: Sequence[int] | None, seed: int, shuffle: bool = True
+    ) -> None:
+        self.shuffle = shuffle
         self.rows, self.batch_size, self.lengths, self.seed = rows, batch_size, lengths, seed
         self.epoch = 0
 
@@ -26,6 +29,8 @@ class Order(Sampler[int], TrainerCallback):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
+        if not self.shuffle:
+            return iter(range(self.rows))
         drawn = torch.Generator().manual_seed(self.seed + self.epoch)
         if self.lengths is None:
             return iter(torch.randperm(self.rows, generator=drawn).tolist())

@@ -19,11 +19,15 @@ LINES = 10
 
 @dataclass
 class History:
-    """What happened during training: (step, loss) of each batch and of the held-out examples, rates, and the speed."""
+    """What happened during training: (step, loss) of each batch and of the held-out examples, rates, and the speed.
+
+    `step_seconds` are of the optimizer steps alone; `seconds` counts what is measured and saved between them too.
+    """
 
     training: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     rates: list[tuple[int, float]] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
 
@@ -74,6 +78,17 @@ class Watch(TrainerCallback):
         self.started = 0.0
         self.first = (0, 0)
         self.paused = 0.0
+        self.begun = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock of one step."""
+        self.begun = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops it."""
+        self.history.step_seconds.append(time.perf_counter() - self.begun)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,34 +12,29 @@ line and the nearest name. `resolved` gives back the recipe with nothing left op
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import Field, create_model
 
-from veneer import methods
 from veneer.delta import Method
-from veneer.errors import MethodError, RecipeError, closest
-from veneer.train import lines
+from veneer.errors import MethodError, RecipeError
+from veneer.train import lines, method_sections
 from veneer.train.data import Data
+from veneer.train.method_sections import Section, method_options
+from veneer.train.metrics import WRITTEN, Metric
+from veneer.train.mistakes import said, there
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ORDER = ("model", "method", "data", "training", "evaluation", "output", "record")
-
-
-class Section(BaseModel):
-    """A part of a recipe. `short` names the option that a bare value stands for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    short: ClassVar[str] = ""
 
 
 class Model(Section):
@@ -48,14 +43,15 @@ class Model(Section):
     name: a transformers folder, a Hub id, or sample:smollm2, sample:minilm for one that Veneer brings.
     revision: of a Hub id.
     dtype: of the base's weights; "auto" is as they are stored. Adapters are float32.
-    quantization: "nf4" stores the linears of the blocks in four bits.
+    quantization: "nf4" stores the linears of the blocks in four bits by Veneer; "bitsandbytes-4bit" (NF4) and
+        "bitsandbytes-8bit" (LLM.int8()) store those that transformers chooses, by bitsandbytes.
     """
 
     short: ClassVar[str] = "name"
     name: Annotated[str, Field(min_length=1)]
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantization: Literal["nf4"] | None = None
+    quantization: Literal["nf4", "bitsandbytes-4bit", "bitsandbytes-8bit"] | None = None
 
 
 class Training(Section):
@@ -63,6 +59,9 @@ class Training(Section):
 
     epochs, steps: one of the two; 3 epochs where neither is named.
     learning_rate: the peak, with AdamW; the method's own where none is named.
+    head_learning_rate: the peak for a head that the model's files do not have, which is trained whole; learning_rate
+        where none is named.
+    dpo_beta: of preferences, how far the model may go from its base: the β of DPO, 0.1 where none is named.
     schedule: what follows the warm-up. warmup: the share of all steps in which the rate rises from zero.
     batch_size: examples of one optimizer step.
     micro_batch_size: examples that are computed at once; the rest is accumulated. "auto" is all of them, and half as
@@ -84,6 +83,8 @@ class Training(Section):
     epochs: Positive | None = None
     steps: Count | None = None
     learning_rate: Positive | None = None
+    head_learning_rate: Positive | None = None
+    dpo_beta: Positive | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     batch_size: Count = 16
@@ -98,7 +99,7 @@ class Training(Section):
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    trackers: list[Literal["tensorboard"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @pydantic.model_validator(mode="after")
@@ -114,27 +115,31 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """What is measured on the held-out rows, and when. Loss always is; so are accuracy and macro F1 of classes.
+    """What is measured on the held-out rows, and when.
 
     every: optimizer steps between two evaluations; ten a run where nothing is named.
     patience: stop after so many evaluations without a lower loss (early stopping).
     keep: the adapter at the end is the last one, or the one with the lowest held-out loss.
-    metrics: of written answers, which takes time: chrF (0 to 100) and the share that equals the reference.
-    max_new_tokens: how long such an answer may be. limit: how many held-out rows are answered.
+    metrics: what is measured beside the loss, as `veneer.train.metrics` says; accuracy and F1 of classes, the mean
+        absolute error of numbers, perplexity of texts, reward accuracy of preferences where none are named.
+    max_new_tokens: how long an answer that is scored may be. limit: how many held-out rows are answered.
     """
 
     every: Count | None = None
     patience: Count | None = None
     keep: Literal["last", "best"] = "last"
-    metrics: list[Literal["chrf", "exact_match"]] = []
+    metrics: Annotated[list[Metric], Field(min_length=1)] | None = None
     max_new_tokens: Count = 64
     limit: Count = 100
 
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Evaluation:
         idle = {"max_new_tokens", "limit"} & self.model_fields_set
-        if idle and not self.metrics:
-            raise ValueError(f"{' and '.join(sorted(idle))} without metrics changes nothing; name metrics, or leave it")
+        if idle and not set(self.metrics or ()) & WRITTEN:
+            raise ValueError(
+                f"{' and '.join(sorted(idle))} without metrics of written answers ({', '.join(sorted(WRITTEN))}) "
+                "changes nothing; name one, or leave it"
+            )
         return self
 
 
@@ -149,40 +154,6 @@ class Record(Section):
     steps: int
 
 
-def _trainable(cls: type[Method]) -> bool:
-    """Whether a method's options can be written down; methods made of methods are for Python."""
-    return not any("Method" in str(hint) for hint in get_type_hints(cls, include_extras=True).values())
-
-
-@cache
-def method_options() -> dict[str, type[Section]]:
-    """The options of each method as a section, read off its dataclass, with `where` beside them."""
-    found = {}
-    for name in methods.__all__:
-        cls = vars(methods)[name]
-        if not _trainable(cls):
-            continue
-        hints = get_type_hints(cls, include_extras=True)
-        options: dict[str, Any] = {"where": (str | None, None)}
-        for field in dataclasses.fields(cls):
-            if field.default is not dataclasses.MISSING:
-                default: Any = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            else:
-                default = ...
-            options[field.name] = (hints[field.name], default)
-        summary = (cls.__doc__ or "").split("\n")[0]
-        found[name] = create_model(name, __base__=Section, __doc__=summary, **options)
-    return found
-
-
-@cache
-def _methods() -> type[Section]:
-    options: dict[str, Any] = {name: (cls | None, None) for name, cls in method_options().items()}
-    return create_model("Methods", __base__=Section, __doc__="One method or several, each with its options.", **options)
-
-
 class Recipe(Section):
     """A whole recipe; `read` makes it from YAML, so that errors have lines."""
 
@@ -194,32 +165,26 @@ class Recipe(Section):
     output: Annotated[str, Field(min_length=1)]
     record: Record | None = None
 
-    def methods(self) -> Mapping[str, Method | tuple[Method, ...]]:
+    def methods(self) -> Mapping[str, tuple[Method, ...]]:
         """`where` -> methods, as `veneer.attach` takes them."""
-        found: dict[str, tuple[Method, ...]] = {}
-        for method, where in _built(self.method):
-            where = method.default_where if where is None else where
-            found[where] = (*found.get(where, ()), method)
-        return found
+        return method_sections.by_place(self.method)
 
     @property
     def learning_rate(self) -> float:
         """The peak learning rate: the recipe's, or the lowest that one of its methods likes."""
-        return self.training.learning_rate or min(method.learning_rate for method, _ in _built(self.method))
+        rates = map(method_sections.learning_rate, itertools.chain(*self.methods().values()))
+        return self.training.learning_rate or min(rates)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data, nothing left open but what was left to the run."""
         found = self.model_dump(mode="json", exclude_none=True, exclude={"method", "data"})
-        found["method"] = {
-            name: _plain_options(section) for name in _methods().model_fields if (section := vars(self.method)[name])
-        }
+        found["method"] = method_sections.plain(self.method)
         found["data"] = self.data.model_dump(
             mode="json", exclude_unset=True, exclude_none=True
         )  # it minds what is told
-        if not self.evaluation.metrics:
-            found["evaluation"] = {"keep": self.evaluation.keep} | {
-                key: value for key, value in found["evaluation"].items() if key in ("every", "patience")
-            }
+        if not set(self.evaluation.metrics or ()) & WRITTEN:
+            for idle in ("max_new_tokens", "limit"):
+                del found["evaluation"][idle]
         return {name: found[name] for name in ORDER if name in found}
 
     def yaml(self) -> str:
@@ -227,30 +192,10 @@ class Recipe(Section):
         return yaml.safe_dump(json.loads(json.dumps(self.as_dict())), sort_keys=False, allow_unicode=True, width=100)
 
 
-def _plain_options(section: Section) -> dict[str, Any]:
-    return {key: value for key, value in json.loads(section.model_dump_json()).items() if value is not None}
-
-
 @cache
 def _whole() -> type[Recipe]:
     """The recipe with the section of methods in place, which exists once all methods are imported."""
-    return create_model("Recipe", __base__=Recipe, method=(_methods(), ...))
-
-
-def _built(section: Section) -> list[tuple[Method, str | None]]:
-    found = []
-    for name in type(section).model_fields:
-        options = vars(section)[name]
-        if options is not None:
-            found.append((_method(name, options), options.where))
-    return found
-
-
-def _method(name: str, options: Section) -> Method:
-    own = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(options).items()}
-    del own["where"]
-    built: Method = vars(methods)[name](**own)
-    return built
+    return create_model("Recipe", __base__=Recipe, method=(method_sections.section(), ...))
 
 
 def schema() -> dict[str, Any]:
@@ -290,7 +235,7 @@ def read(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Reci
     try:
         recipe = _whole().model_validate_json(json.dumps(found.data), strict=True)
     except pydantic.ValidationError as error:
-        problems += [_said(one, found) for one in error.errors(include_url=False)]
+        problems += [said(one, found, _whole()) for one in error.errors(include_url=False)]
     except RecursionError:
         problems.append(f"{name} contains itself. Write it out.")
     else:
@@ -304,66 +249,22 @@ def _lengthen(data: Any) -> None:
     """Short forms as what they stand for."""
     if isinstance(data.get("model"), str):
         data["model"] = {Model.short: data["model"]}
-    if isinstance(data.get("method"), str):
-        data["method"] = {data["method"]: {}}
-    if isinstance(data.get("method"), dict):
-        for name in [name for name, options in data["method"].items() if options is None]:
-            data["method"][name] = {}
+    if "method" in data:
+        data["method"] = method_sections.lengthened(data["method"])
     if isinstance(data.get("data"), str | list):
         data["data"] = {"path": data["data"]}
 
 
 def _checked(recipe: Recipe, found: lines.Lined) -> Iterable[str]:
     """What only the methods themselves can say."""
-    if all(options is None for options in vars(recipe.method).values()):
-        yield f"{found.line(('method',))}: no method is named.{_there(method_options())}"
-    for name, options in vars(recipe.method).items():
-        if options is None:
-            continue
+    chosen = dict(method_sections.named(recipe.method))
+    if not chosen:
+        yield f"{found.line(('method',))}: no method is named.{there(method_options())}"
+    if "AdapterFusion" in chosen and len(chosen) > 1:
+        others = ", ".join(sorted(chosen.keys() - {"AdapterFusion"}))
+        yield f"{found.line(('method',))}: AdapterFusion stands alone; train {others} in another run."
+    for name, options in chosen.items():
         try:
-            _method(name, options)
+            method_sections.built(name, options)
         except MethodError as error:
             yield f"{found.line(('method', name))}: {error}"
-
-
-def _said(one: Any, found: lines.Lined) -> str:
-    """One mistake: line, place, what is wrong, and the nearest valid name."""
-    path = tuple(part for part in one["loc"])
-    names = [str(part) for part in path if not _branch(str(part))]
-    where, line = ".".join(names), found.line(path)
-    at = f"{line}: " if line else ""
-    if one["type"] == "extra_forbidden":
-        known = _known(path[:-1])
-        return f"{at}{where} is no option.{closest(names[-1], known) or _there(known)}"
-    if one["type"] == "missing":
-        return f"{at}{where} is missing."
-    if one["type"] == "value_error":
-        return f"{at}{where}: {one['msg'].removeprefix('Value error, ')}."
-    seen = one["input"]
-    near = ""
-    if one["type"] == "literal_error" and isinstance(seen, str):
-        near = closest(seen, re.findall(r"'([^']+)'", one["msg"]))
-    message = one["msg"].removeprefix("Input ")
-    return f"{at}{where} {message}, not {json.dumps(seen)[:60]}.{near}"
-
-
-def _branch(part: str) -> bool:
-    """Whether a part of an error's place is no name but one of several types that a value may have."""
-    return bool(
-        re.match(r"(literal|list|tuple|constrained|function|union|float|int|str)\b.*[\[\-]|(float|int|str)$", part)
-    )
-
-
-def _known(path: tuple[str | int, ...]) -> list[str]:
-    """The options that there are at a place."""
-    inner: Any = _whole()
-    for part in path:
-        field = inner.model_fields.get(str(part)) if isinstance(inner, type) and issubclass(inner, BaseModel) else None
-        inner = None if field is None else field.annotation
-        if not isinstance(inner, type):
-            inner = next((each for each in getattr(inner, "__args__", ()) if isinstance(each, type)), None)
-    return list(inner.model_fields) if isinstance(inner, type) and issubclass(inner, BaseModel) else []
-
-
-def _there(names: Iterable[str]) -> str:
-    return f" There are: {', '.join(sorted(names))}." if names else ""

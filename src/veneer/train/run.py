@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,19 +25,20 @@ from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
 from veneer.samples.quiet import quiet
 from veneer.site import Site
-from veneer.train import checkpoint, models
+from veneer.train import checkpoint, method_sections, models, tasks
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
 from veneer.train.frozen import FrozenBlocks
-from veneer.train.machine import device, fitting_threads, peak_bytes, versions
+from veneer.train.machine import commit, device, fitting_threads, peak_bytes, versions
 from veneer.train.measure import measure
 from veneer.train.order import Order
 from veneer.train.processes import processes, share_out
 from veneer.train.progress import History, Watch
 from veneer.train.recipe import Recipe, Record
+from veneer.train.refusing import refuse, refuse_metrics, refuse_used
 from veneer.train.scores import Written, score
 from veneer.train.trainer import Collate, Numbered, RecipeTrainer
 from veneer.train.watching import Best, Sanity, Signals, tensorboard
@@ -67,12 +67,13 @@ def train(
     *,
     resume: bool = False,
     console: Console | None = None,
+    prepared: Prepared | None = None,
 ) -> Result:
     """Run a recipe: a file's path, a mapping with the same keys, or a Recipe. `overrides` are texts `key=value`.
 
     Raises RecipeError with a line for each mistake, DataError for the rows, RunError where the folder is not free or
     memory does not suffice, Diverged where the loss is lost, Stopped after a signal; `resume=True` goes on from the
-    last whole checkpoint, to the bit.
+    last whole checkpoint, to the bit. `prepared` are the recipe's rows, where they were made before.
     """
     found = _read(recipe, overrides)
     several = processes()
@@ -82,13 +83,16 @@ def train(
     folder = Path(found.output)
     data = found.data
     _, task = recognize(data)
-    _refuse(found, task)
+    if data.labels == "numbers":
+        task = "regression"
+    refuse(found, tasks.of(task, found.training.dpo_beta))
     signals = Signals()
     with fitting_threads(), checkpoint.locked(folder, several.is_main_process), signals.caught_here():
-        _refuse_used(folder, resume)
-        tokenizer = models.tokenizer(found.model)
-        prepared = prepare(data, tokenizer, found.training.seed)
-        run = _Run(found, prepared, tokenizer, console, signals)
+        refuse_used(folder, resume)
+        processing = models.processing(found.model, task)
+        prepared = prepared or prepare(data, processing, found.training.seed)
+        refuse_metrics(tasks.of(prepared.task, None), found)
+        run = _Run(found, prepared, processing, console, signals)
         run.settle(resume)
         micro = found.training.micro_batch_size
         share = found.training.batch_size // several.num_processes
@@ -124,61 +128,14 @@ def _read(recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[s
     return recipes.load(recipe, overrides)
 
 
-def _refuse(recipe: Recipe, task: str) -> None:
-    """RecipeError for all that could not act with these data."""
-    training, evaluation, data = recipe.training, recipe.evaluation, recipe.data
-    wrong = []
-    number = processes().num_processes
-    at_once = number * (1 if training.micro_batch_size == "auto" else training.micro_batch_size)
-    if training.batch_size % at_once:
-        wrong.append(
-            f"training.batch_size {training.batch_size} is not divided by what {number} processes compute at once, "
-            f"{at_once}; an optimizer step is made of whole micro-batches in each."
-        )
-    if training.parallel == "fsdp" and number == 1:
-        wrong.append("training.parallel: fsdp needs several processes: torchrun --nproc-per-node 2 -m veneer train ...")
-    if training.parallel == "fsdp" and training.loss == "chunked":
-        wrong.append(
-            "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
-        )
-    if training.cache_frozen and number > 1:
-        wrong.append("training.cache_frozen is for one process: several see other rows in each epoch; leave it out.")
-    if task not in models.CLASSES:
-        wrong.append(f"data: recipes do not train {task} yet; use Veneer with a Trainer of your own.")
-    if data.streaming and training.steps is None:
-        wrong.append("training.steps is needed with data.streaming: nobody knows how long an epoch is.")
-    if data.streaming and training.group_by_length:
-        wrong.append("training.group_by_length changes nothing with data.streaming; leave it out.")
-    if data.streaming and training.cache_frozen:
-        wrong.append("training.cache_frozen needs rows that come again, and data.streaming has none; leave it out.")
-    if not data.held_out:
-        idle = [name for name in ("every", "patience") if getattr(evaluation, name) is not None]
-        idle += [name for name in ("metrics",) if evaluation.metrics] + ["keep"] * (evaluation.keep == "best")
-        wrong += [f"evaluation.{name} needs held-out rows; set data.held_out." for name in idle]
-    if evaluation.metrics and (task != "causal" or data.packing):
-        wrong.append(
-            "evaluation.metrics are of written answers, so for conversations that are not packed; leave it out."
-        )
-    if wrong:
-        raise RecipeError("\n".join(wrong))
-
-
-def _refuse_used(folder: Path, resume: bool) -> None:
-    if resume:
-        return
-    if (folder / "report.json").exists():
-        raise RunError(f"{folder} holds a finished run. Name another output, such as output={folder}-2.")
-    if checkpoint.steps(folder / "checkpoints"):
-        raise RunError(f"{folder} holds checkpoints of a run. Go on with --resume, or name another output.")
-
-
 class _Run:
     """One recipe with its data, which may take several attempts."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, tokenizer: Any, console: Console, signals: Signals) -> None:
+    def __init__(self, recipe: Recipe, prepared: Prepared, processing: Any, console: Console, signals: Signals) -> None:
         self.recipe = recipe
         self.prepared = prepared
-        self.tokenizer = tokenizer
+        self.processing = processing
+        self.task = tasks.of(prepared.task, recipe.training.dpo_beta)
         self.console = console
         self.signals = signals
         self.folder = Path(recipe.output)
@@ -206,7 +163,7 @@ class _Run:
         evaluation: dict[str, Any] = {"every": recipe.evaluation.every or tenth} if measured else {}
         record = Record(
             versions=versions(),
-            git=_git(),
+            git=commit(),
             data_fingerprint=self.prepared.fingerprint,
             task=self.prepared.task,
             labels=self.prepared.labels,
@@ -248,14 +205,20 @@ class _Run:
         recipe, training = self.resolved, self.recipe.training
         set_seed(training.seed)
         model, fresh = models.base(recipe.model, self.prepared.task, self.prepared.labels)
-        adapter = veneer.attach(model, dict(recipe.methods()), also_train=fresh)
+        if training.head_learning_rate is not None and not fresh:
+            raise RecipeError(
+                f"training.head_learning_rate: {recipe.model.name} has all its weights, so no head is trained whole. "
+                "Leave it out."
+            )
+        adapter = method_sections.attach(model, recipe.method, fresh)
         if self.prepared.packed:
             from veneer.train.data import check_packing
 
             check_packing(model)
         chunked = models.chunked(model, training.loss, training.parallel)
-        measured = partial(measure, model, self.prepared.held_out, self.prepared.collate, self.prepared.task, micro)
-        before = measured() if self.prepared.held_out is not None else {}
+        held_out, collate, metrics = self.prepared.held_out, self.prepared.collate, recipe.evaluation.metrics
+        measured = partial(measure, model, held_out, collate, self.task, micro, metrics)
+        before = measured() if held_out is not None else {}
         best = self.folder / "best.safetensors" if recipe.evaluation.keep == "best" else None
         watch = Watch(self.console)
         trainer = self._trainer(model, adapter, micro, measured, watch, best)
@@ -274,9 +237,9 @@ class _Run:
             )
         model.eval()
         trainer.best.take_back()
-        written = score(model, self.tokenizer, self.prepared.held_out, recipe.evaluation, training.seed)
-        metrics = (measured() if self.prepared.held_out is not None else {}) | written.metrics
-        report = self._report(adapter, trainer, watch.history, before, metrics, written, micro)
+        written = score(model, self.processing, held_out, collate, self.task, recipe.evaluation, training.seed)
+        figures = (measured() if held_out is not None else {}) | written.metrics
+        report = self._report(adapter, trainer, watch.history, before, figures, written, micro)
         if isinstance(chunked, str):
             report["loss"] = f"whole: {chunked}"
         else:
@@ -285,7 +248,7 @@ class _Run:
         self._save(adapter, trainer, report)
         if best is not None and processes().is_main_process:
             best.unlink()
-        return Result(adapter, model, self.tokenizer, self.folder, recipe, metrics, before, report)
+        return Result(adapter, model, self.processing, self.folder, recipe, figures, before, report)
 
     def _frozen(self, model: Any) -> FrozenBlocks:
         """What lies below the adapters, kept; RecipeError where no row comes twice."""
@@ -316,19 +279,23 @@ class _Run:
         recipe, training, prepared = self.resolved, self.resolved.training, self.prepared
         order = None
         if not recipe.data.streaming:
-            lengths = prepared.train["length"] if training.group_by_length is not False else None
-            order = Order(len(prepared.train), training.batch_size, lengths, training.seed)
+            grouped = training.group_by_length is not False and recipe.data.shuffle
+            lengths = prepared.train["length"] if grouped and "length" in prepared.train.column_names else None
+            rows, seed = len(prepared.train), training.seed
+            order = Order(rows, training.batch_size, lengths, seed, recipe.data.shuffle)
         if training.gradient_checkpointing:
             veneer.checkpoint_activations(model)
         frozen = self._frozen(model) if training.cache_frozen else None
         trainer = RecipeTrainer(
             measure=measured,
+            task=self.task,
             order=order,
             make_optimizer=partial(
                 veneer.optimizer,
                 adapter,
                 lr=recipe.learning_rate,
                 lora_plus_ratio=training.lora_plus_ratio,
+                head_lr=training.head_learning_rate,
                 weight_decay=training.weight_decay,
             ),
             folder=self.checkpoints,
@@ -395,6 +362,7 @@ class _Run:
             "micro_batch_size": micro,
             "retries": self.retries,
             "tokens_per_second": history.tokens_per_second,
+            "step_seconds": history.step_seconds,
             "seconds": round(time.perf_counter() - self.started, 2),
             "peak_bytes": peak_bytes(device()),
             "data": self.prepared.report.as_dict(),
@@ -410,7 +378,7 @@ class _Run:
 
         def fill(folder: Path) -> None:
             veneer.save(adapter, folder)
-            self.tokenizer.save_pretrained(folder)
+            self.processing.save_pretrained(folder)
             (folder / "recipe.yaml").write_text(self.resolved.yaml(), encoding="utf-8")
 
         whole.replace(self.folder / "adapter", fill)
@@ -429,18 +397,6 @@ def _differences(one: Any, other: Any, path: str = "") -> set[str]:
         keys = {key for key in one.keys() | other.keys() if f"{path}.{key}" not in _NO_DIFFERENCE}
         return {each for key in keys for each in _differences(one.get(key), other.get(key), f"{path}.{key}")}
     return set() if one == other else {path.removeprefix(".")}
-
-
-def _git() -> str | None:
-    """The commit of the working directory, and whether it is clean; None outside a repository."""
-    try:
-        commit, status = (
-            subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit}, with changes" if status else commit
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -1,16 +1,16 @@
-"""Answers that a model writes to held-out questions, against their references."""
+"""Answers that a model writes to held-out rows, against their references."""
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import RecipeError
-from veneer.train.encoding import IGNORED
-from veneer.train.evaluate import chrf, write
+from veneer.train import metrics
 from veneer.train.recipe import Evaluation
+from veneer.train.tasks.task import Collate, Task
 
 SHOWN = 5
 
@@ -23,30 +23,24 @@ class Written:
     examples: list[dict[str, str]] = field(default_factory=list)
 
 
-def score(model: Any, tokenizer: Any, rows: Any, evaluation: Evaluation, seed: int) -> Written:
+def score(
+    model: Any, processing: Any, rows: Any, collate: Collate, task: Task, evaluation: Evaluation, seed: int
+) -> Written:
     """What the recipe asks for of written answers; nothing where it asks for none."""
-    if not evaluation.metrics:
+    names = [name for name in evaluation.metrics or () if name in metrics.WRITTEN]
+    if not names:
         return Written()
-    chosen = list(range(len(rows)))
-    if len(chosen) > evaluation.limit:
-        chosen = sorted(random.Random(seed).sample(chosen, evaluation.limit))
-    prompts, references = [], []
-    for row in (rows[number] for number in chosen):
-        first = next(n for n, label in enumerate(row["labels"]) if label != IGNORED)
-        if first == 0:
-            raise RecipeError("evaluation.metrics need questions that come before the answers. Leave metrics out.")
-        prompts.append(row["input_ids"][:first])
-        answer = [label for label in row["labels"][first:] if label != IGNORED]
-        references.append(tokenizer.decode(answer, skip_special_tokens=True).strip())
-    answers = write(model, tokenizer, prompts, max_new_tokens=evaluation.max_new_tokens)
-    scores = {"chrf": chrf, "exact_match": exact_match}
-    shown = zip(prompts[:SHOWN], answers, references, strict=False)
-    return Written(
-        {name: scores[name](answers, references) for name in evaluation.metrics},
-        [{"prompt": tokenizer.decode(p), "answer": a, "reference": r} for p, a, r in shown],
-    )
+    assert task.ask is not None
+    asked = task.ask(model, processing, _chosen(rows, evaluation.limit, seed), collate, evaluation.max_new_tokens)
+    shown = [dict(zip(("prompt", "answer", "reference"), each, strict=True)) for each in zip(*asked, strict=True)]
+    return Written(metrics.of_answers(asked.answers, asked.references, names), shown[:SHOWN])
 
 
-def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are the reference, but for space around them."""
-    return sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / len(references)
+def _chosen(rows: Any, limit: int, seed: int) -> list[dict[str, Any]]:
+    """At most so many rows: by the seed, or the first of a stream."""
+    if not isinstance(rows, Sized):
+        return list(itertools.islice(rows, limit))
+    numbers = range(len(rows))
+    chosen = sorted(random.Random(seed).sample(numbers, limit)) if len(rows) > limit else numbers
+    table: Any = rows
+    return [table[number] for number in chosen]

@@ -20,6 +20,7 @@ from veneer.errors import Diverged
 from veneer.train import checkpoint
 from veneer.train.frozen import FrozenBlocks
 from veneer.train.order import Order
+from veneer.train.tasks import Task
 from veneer.train.watching import Best
 
 ROW = "row_numbers"
@@ -52,13 +53,14 @@ class Collate:
 
 
 class RecipeTrainer(Trainer):
-    """A Trainer that measures with `measure`, takes rows in an `order`, keeps the last `keep` checkpoints, and what
-    `frozen` blocks compute."""
+    """A Trainer that measures with `measure`, takes the loss of `task` and rows in an `order`, keeps the last
+    `keep` checkpoints, and what `frozen` blocks compute."""
 
     def __init__(
         self,
         *,
         measure: Callable[[], dict[str, float]],
+        task: Task,
         order: Order | None,
         make_optimizer: Callable[[], torch.optim.Optimizer],
         folder: Path,
@@ -71,6 +73,7 @@ class RecipeTrainer(Trainer):
         super().__init__(**options)
         self.folder = folder
         self.measure = measure
+        self.task = task
         self.order = order
         self.make_optimizer = make_optimizer
         self.keep = keep
@@ -101,6 +104,15 @@ class RecipeTrainer(Trainer):
             step = self.state.global_step + 1
             raise Diverged(f"The loss became {loss.item()} at step {step}{rows}; {self.advice()}")
         return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's own loss, where it has one: a mean over the rows of a micro-batch."""
+        if self.task.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = self.task.loss(model, inputs)
+        return (loss, None) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The held-out figures, with `eval_` before their names."""

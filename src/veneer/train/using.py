@@ -8,12 +8,13 @@ from typing import Any
 
 import veneer
 from veneer.errors import FileError, RecipeError
-from veneer.train import models, recipe
+from veneer.train import models, recipe, tasks
 from veneer.train.data import prepare
-from veneer.train.encoding import Example, encode_prompt
 from veneer.train.evaluate import write
+from veneer.train.examples import Example, encode_prompt
 from veneer.train.measure import measure
 from veneer.train.recipe import Recipe
+from veneer.train.refusing import refuse_metrics
 from veneer.train.scores import score
 
 
@@ -30,7 +31,7 @@ def opened(adapter: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Any, A
     return (
         found,
         model.eval(),
-        models.tokenizer(found.model.model_copy(update={"name": str(adapter), "revision": None})),
+        models.processing(found.model.model_copy(update={"name": str(adapter), "revision": None}), found.record.task),
     )
 
 
@@ -46,12 +47,15 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
     if prepared.labels != found.record.labels:
         raise RecipeError(f"The rows have the labels {prepared.labels}, and the adapter {found.record.labels}.")
 
+    task = tasks.of(prepared.task, found.training.dpo_beta)
+    refuse_metrics(task, found)
     models.chunked(model, "auto")
 
     def figures() -> dict[str, float]:
-        size = found.training.batch_size
-        plain = measure(model, prepared.held_out, prepared.collate, prepared.task, size)
-        return plain | score(model, tokenizer, prepared.held_out, found.evaluation, found.training.seed).metrics
+        size, evaluation = found.training.batch_size, found.evaluation
+        plain = measure(model, prepared.held_out, prepared.collate, task, size, evaluation.metrics)
+        rows, seed = prepared.held_out, found.training.seed
+        return plain | score(model, tokenizer, rows, prepared.collate, task, evaluation, seed).metrics
 
     with veneer.use(model):
         base = figures()
@@ -61,7 +65,7 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
 def answer(adapter: Path, prompts: Sequence[str], max_new_tokens: int, system: str | None = None) -> list[str]:
     """What the adapted model writes to each prompt, greedily; `system` is the recipe's where it is None."""
     found, model, tokenizer = opened(adapter)
-    if found.record is None or found.record.task != "causal":
+    if found.record is None or found.record.task not in ("causal", "preference"):
         raise FileError(f"{adapter} does not adapt a model that writes. Measure it with: veneer eval {adapter}")
     system = (found.data.system or "") if system is None else system
     encoded = [encode_prompt(tokenizer, Example(prompt, "", system)) for prompt in prompts]

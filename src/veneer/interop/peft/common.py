@@ -139,4 +139,8 @@ def whole_path(key: str) -> str:
 def fill(parameter: Tensor, tensor: Tensor) -> None:
     """Copy a tensor in; a wider dtype in the file is kept, a narrower one is widened without loss."""
     dtype = torch.promote_types(parameter.dtype, tensor.dtype)
+    if dtype == parameter.dtype:  # in place: an optimizer's buffer, or compiled code, may know the memory
+        with torch.no_grad():
+            parameter.copy_(tensor)
+        return
     parameter.data = tensor.to(device=parameter.device, dtype=dtype, copy=True).contiguous()

@@ -37,8 +37,10 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     for group in groups.values():
         place = group[0].place
         key_a, key_b = _keys(place, groups)
-        A = torch.cat([A.detach() for A, _, _, _ in _parts(group)], dim=place.format.rows)
-        B = _joined(group) * _peft_factor(place)
+        A = _joint([A.detach() for A, _, _, _ in _parts(group)], place.format.rows)
+        B = _joined(group)
+        if (factor := _peft_factor(place)) != 1.0:
+            B = B * factor
         if _is_stack(place):
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         tensors[key_a], tensors[key_b] = A, B
@@ -162,10 +164,15 @@ def _parts(group: Sequence[Claim]) -> list[tuple[Tensor, Tensor, float, int]]:
     return [(A, B, sign, A.shape[dim]) for claim in group for A, B, sign in _pair(claim).parts()]
 
 
+def _joint(parts: list[Tensor], dim: int) -> Tensor:
+    """The parts joined; a single one as it is, so that what is copied into it is in the adapter."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
 def _joined(group: Sequence[Claim]) -> Tensor:
     place, dim = group[0].place, group[0].place.format.rows
     if len(group) == 1 and place.spans is None:
-        return torch.cat([B.detach() * sign for _, B, sign, _ in _parts(group)], dim=dim + 1)
+        return _joint([B.detach() if sign == 1.0 else B.detach() * sign for _, B, sign, _ in _parts(group)], dim + 1)
     shape = place.format.shape(place.owner, place.parameter)[: dim + 1]
     joined = _pair(group[0]).B.new_zeros(*shape, sum(rank for *_, rank in _parts(group)))
     start = 0

@@ -25,7 +25,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from veneer.errors import TemplateError
 from veneer.train.data.formats import Message
-from veneer.train.encoding import IGNORED, Encoded
+from veneer.train.labels import IGNORED, Encoded
 
 PLAIN = (
     "{% for message in messages %}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.train.data import media
-from veneer.train.encoding import IGNORED
+from veneer.train.labels import IGNORED
 
 Rows = Sequence[dict[str, Any]]
 Batch = dict[str, Any]

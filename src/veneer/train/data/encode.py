@@ -24,7 +24,7 @@ from veneer.train.data.formats import (
     Translation,
 )
 from veneer.train.data.schema import Data
-from veneer.train.encoding import IGNORED
+from veneer.train.labels import IGNORED
 
 LONGEST = 2048
 Columns = dict[str, Any]

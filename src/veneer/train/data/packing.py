@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.errors import DataError
-from veneer.train.encoding import IGNORED
+from veneer.train.labels import IGNORED
 
 OPEN = 64
 """Rows that are filled at the same time: each example goes into the fullest where it fits."""

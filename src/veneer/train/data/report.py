@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.text import Text
 
-from veneer.train.encoding import IGNORED
+from veneer.train.labels import IGNORED
 
 BARS = 12
 WIDE = 40

@@ -1,0 +1,196 @@
+"""Rows of one batch under different adapters, as a few batched products instead of one pass for each adapter.
+
+Where all that acts after a module only adds s·x·Aᵀ·Bᵀ (`After.pair`), rows are put together by adapter in tiles of
+equal size, and one batched product by the stacked A, [tiles, rank, in], and one by the stacked B, [tiles, out, rank],
+serve them all. Ranks are padded with zeros to the largest. Without gradients the stacks are kept for as long as the mix
+of rows and the adapters' tensors stay.
+
+In a graph of `torch.compile` nothing may depend on who is served: every row picks its A and B by an index tensor from
+those of all adapters at the module, so another mix, or other numbers in an adapter, run the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.delta import After, Span
+
+
+class Mix:
+    """Which adapters serve which row.
+
+    `able` are all that could, in order, `acting` those of them that do, and `rows` where; `index` [rows, deepest stack]
+    says the same by their numbers, where len(able) stands for none. It is `uniform` where all rows have the same.
+    """
+
+    def __init__(self, able: Sequence[str], rows: Sequence[Sequence[str]], device: torch.device) -> None:
+        self.able = tuple(able)
+        self.rows = tuple(tuple(name for name in row if name in able) for row in rows)
+        self.acting = tuple(name for name in able if any(name in row for row in self.rows))
+        self.uniform = len(set(self.rows)) == 1
+        number = {name: place for place, name in enumerate(able)}
+        depth = max(1, *map(len, self.rows))
+        none = [len(able)] * depth
+        self.index = torch.tensor([[*map(number.__getitem__, row), *none][:depth] for row in self.rows], device=device)
+        self._kept: dict[str, _Kept] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its own stacks."""
+        return {**vars(self), "_kept": {}}
+
+    def forget(self) -> None:
+        """Look anew at what acts where."""
+        self._kept.clear()
+
+    def groups(self, path: str, training: bool, find: Callable[[], list[Group] | None]) -> list[Group] | None:
+        """What `find` finds for the module of this path, anew only where its deltas or their tensors changed."""
+        known = self._kept.get(path)
+        if known is not None and known.holds(training):
+            return known.groups
+        with torch.no_grad():
+            found = find()
+        self._kept[path] = _Kept.of(found, training)
+        return found
+
+
+@dataclass
+class Group:
+    """The deltas of each adapter that change the same columns of the same output of one module."""
+
+    spans: tuple[Span, ...] | None
+    item: int | str | None
+    members: dict[str, list[After]] = field(default_factory=dict)
+    tiles: dict[Any, list[_Tiles]] = field(default_factory=dict)
+
+    def add(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
+        """y [batch, ..., out] with what each row's adapters add for its x [batch, ..., in].
+
+        The batch has `repeats` rows for each row of the mix, side by side.
+        """
+        x = x.to(y.dtype)
+        if torch.compiler.is_compiling():
+            return self._by_row(mix, repeats, x, y)
+        for tiles in self._tiles(mix, repeats, y):
+            y = tiles.add(x, y)
+        return y
+
+    def _tiles(self, mix: Mix, repeats: int, y: Tensor) -> list[_Tiles]:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors()):
+            mix.forget()  # they are about to be trained
+            return self._tiled(mix, repeats, y)
+        key = repeats, y.dtype, y.device, torch.is_inference_mode_enabled()
+        if key not in self.tiles:
+            with torch.no_grad():
+                self.tiles[key] = self._tiled(mix, repeats, y)
+        return self.tiles[key]
+
+    def tensors(self) -> list[Tensor]:
+        """All that the deltas hold."""
+        deltas = [delta for found in self.members.values() for delta in found]
+        return [tensor for delta in deltas for tensor in (*delta.parameters(), *delta.buffers())]
+
+    def _tiled(self, mix: Mix, repeats: int, y: Tensor) -> list[_Tiles]:
+        rows = [[name for name in row if name in self.members] for row in mix.rows]
+        pairs = {name: _pair(self.members[name], y) for name in {name for row in rows for name in row}}
+        found = []
+        for depth in range(max(map(len, rows))):
+            served: dict[str, list[int]] = {}
+            for number, row in enumerate(rows):
+                if depth < len(row):
+                    served.setdefault(row[depth], []).extend(range(number * repeats, (number + 1) * repeats))
+            found.append(_Tiles.of(pairs, served, y.device))
+        return found
+
+    def _by_row(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
+        A, B = _padded([_pair(deltas, y) for deltas in self.members.values()])
+        A, B = F.pad(A, (0, 0, 0, 0, 0, 1)), F.pad(B, (0, 0, 0, 0, 0, 1))  # the last adds nothing
+        here = {name: place for place, name in enumerate(self.members)}
+        local = torch.tensor([*(here.get(name, len(here)) for name in mix.able), len(here)], device=y.device)
+        index = local[mix.index.to(y.device)].repeat_interleave(repeats, 0)
+        flat, out = x.reshape(len(x), -1, x.shape[-1]), y.reshape(len(y), -1, y.shape[-1])
+        for depth in range(index.shape[1]):
+            mine = index[:, depth]
+            out = out + torch.bmm(torch.bmm(flat, A[mine].mT), B[mine].mT)
+        return out.view(y.shape)
+
+
+@dataclass
+class _Kept:
+    """The groups of one module, and what they were made from."""
+
+    groups: list[Group] | None
+    training: bool
+    tensors: list[Tensor]
+    versions: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, groups: list[Group] | None, training: bool) -> _Kept:
+        tensors = [tensor for group in groups or () for tensor in group.tensors()]
+        return cls(groups, training, tensors, _versions(tensors))
+
+    def holds(self, training: bool) -> bool:
+        """Whether nothing has changed since."""
+        return self.training == training and self.versions == _versions(self.tensors)
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+
+
+@dataclass
+class _Tiles:
+    """Rows by adapter: `taken` in tiles of equal size, `filled` the entries that count, and the rows they belong to."""
+
+    A: Tensor
+    B: Tensor
+    taken: Tensor
+    filled: Tensor | None
+    rows: Tensor
+
+    @classmethod
+    def of(cls, pairs: dict[str, tuple[Tensor, Tensor]], served: dict[str, list[int]], device: torch.device) -> _Tiles:
+        """Tiles as large as an adapter has rows on average: that makes few padded rows, and few adapters come twice."""
+        size = -(-sum(map(len, served.values())) // len(served))
+        owners: list[tuple[Tensor, Tensor]] = []
+        taken: list[int] = []
+        filled: list[int] = []
+        for name, rows in served.items():
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                owners.append(pairs[name])
+                filled += range(len(taken), len(taken) + len(part))
+                taken += part + part[:1] * (size - len(part))
+        numbers = [taken, filled, [taken[entry] for entry in filled]]
+        taken_, filled_, rows_ = (torch.tensor(each, device=device) for each in numbers)
+        return cls(*_padded(owners), taken_, None if len(filled) == len(taken) else filled_, rows_)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with what the tiles add to their rows."""
+        tiles = x.index_select(0, self.taken).reshape(len(self.A), -1, x.shape[-1])
+        change = torch.bmm(torch.bmm(tiles, self.A.mT), self.B.mT).view(len(self.taken), *y.shape[1:])
+        if self.filled is not None:
+            change = change.index_select(0, self.filled)
+        return y.index_add(0, self.rows, change)
+
+
+def _pair(deltas: Sequence[After], like: Tensor) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and s·B [out, rank] of all deltas of an adapter together, as `like` is stored."""
+    pairs = [delta.pair() for delta in deltas]
+    found = [pair for pair in pairs if pair is not None]
+    A = torch.cat([A for A, _, _ in found]) if len(found) > 1 else found[0][0]
+    B = torch.cat([B * scale for _, B, scale in found], dim=1)
+    return A.to(like.dtype), B.to(like.dtype)
+
+
+def _padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """All A as [pairs, rank, in] and all B as [pairs, out, rank], with zeros up to the largest rank."""
+    rank = max(len(A) for A, _ in pairs)
+    A = torch.stack([A if len(A) == rank else F.pad(A, (0, 0, 0, rank - len(A))) for A, _ in pairs])
+    B = torch.stack([B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for _, B in pairs])
+    return A, B

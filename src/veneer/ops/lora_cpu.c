@@ -1,0 +1,193 @@
+/* LoRA's small work on a CPU: dropout whose mask is computed from a seed, and the pair beside a layer for a few tokens.
+
+The compiler makes vectors of these loops; each is compiled for AVX-512, AVX2 and plain x86-64 (elsewhere once), and the
+widest that the machine has is taken when the program runs. Plain C ABI, called through ctypes. */
+
+#include <pthread.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define WORDS 64          /* random words at a time: two elements each */
+#define SHARE (1L << 18)  /* elements that are worth a thread */
+#define MOST 64           /* threads */
+#define WIDE 16           /* sums side by side in a dot product */
+
+enum dtype { FLOAT32, BFLOAT16 };
+
+/* ---- Dropout ---- */
+
+typedef struct {
+    const void *from;
+    void *to;
+    int64_t first, last;        /* elements; first is a multiple of 2 */
+    uint32_t low, high;         /* the seed's halves */
+    uint32_t threshold;         /* a lane below it is dropped */
+    int32_t size;               /* bytes an element */
+} Drop;
+
+/* As `words` in dropout.py. */
+ALWAYS_INLINE uint32_t word(uint32_t i, uint32_t low, uint32_t high) {
+    uint32_t z = i * 0x9e3779b9u + low;
+    z = (z ^ z >> 16) * 0x7feb352du + high;
+    z = (z ^ z >> 15) * 0x31848babu;
+    return z ^ z >> 16;
+}
+
+#define ZERO(type)                                                                  \
+    do {                                                                            \
+        const type *from = (const type *)task->from + at;                           \
+        type *to = (type *)task->to + at;                                           \
+        for (int64_t k = 0; k < many; k++) to[k] = lanes[k] >= least ? from[k] : 0; \
+    } while (0)
+
+ALWAYS_INLINE void drop(const Drop *task) {
+    const uint16_t least = (uint16_t)task->threshold;
+    for (int64_t at = task->first; at < task->last; at += 2 * WORDS) {
+        uint16_t lanes[2 * WORDS];
+        for (int k = 0; k < WORDS; k++) {
+            uint32_t both = word((uint32_t)(at / 2) + k, task->low, task->high);
+            lanes[2 * k] = (uint16_t)both, lanes[2 * k + 1] = (uint16_t)(both >> 16);
+        }
+        int64_t many = task->last - at < 2 * WORDS ? task->last - at : 2 * WORDS;
+        if (task->size == 2) ZERO(uint16_t);
+        else if (task->size == 4) ZERO(uint32_t);
+        else ZERO(uint64_t);
+    }
+}
+
+/* ---- The pair beside a layer ---- */
+
+typedef struct {
+    const void *x, *y;          /* [tokens, in], [tokens, out] */
+    const float *A, *B;         /* [rank, in], [out, rank] */
+    void *to;
+    int64_t tokens, in, out, rank;
+    float scale;
+    int32_t dtype;
+} Beside;
+
+ALWAYS_INLINE float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+}
+
+ALWAYS_INLINE uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+ALWAYS_INLINE float dot(const float *a, const float *b, int64_t count) {
+    float sums[WIDE] = {0}, sum = 0;
+    int64_t k = 0;
+    for (; k + WIDE <= count; k += WIDE)
+        for (int j = 0; j < WIDE; j++) sums[j] += a[k + j] * b[k + j];
+    for (int j = 0; j < WIDE; j++) sum += sums[j];
+    for (; k < count; k++) sum += a[k] * b[k];
+    return sum;
+}
+
+/* to = B(h), eight columns of B at a time. */
+ALWAYS_INLINE void grow(const float *restrict h, const float *restrict B, float *restrict to, int64_t out, int64_t rank) {
+    for (int64_t o = 0; o < out; o++) to[o] = 0;
+    int64_t r = 0;
+    for (; r + 8 <= rank; r += 8) {
+        const float h0 = h[r], h1 = h[r + 1], h2 = h[r + 2], h3 = h[r + 3];
+        const float h4 = h[r + 4], h5 = h[r + 5], h6 = h[r + 6], h7 = h[r + 7];
+        for (int64_t o = 0; o < out; o++) {
+            const float *b = B + o * rank + r;
+            to[o] += ((b[0] * h0 + b[1] * h1) + (b[2] * h2 + b[3] * h3)) +
+                     ((b[4] * h4 + b[5] * h5) + (b[6] * h6 + b[7] * h7));
+        }
+    }
+    for (; r < rank; r++)
+        for (int64_t o = 0; o < out; o++) to[o] += B[o * rank + r] * h[r];
+}
+
+ALWAYS_INLINE void beside(const Beside *task, float *h, float *wide) {
+    for (int64_t t = 0; t < task->tokens; t++) {
+        const float *x = (const float *)task->x + t * task->in;
+        if (task->dtype == BFLOAT16) {
+            const uint16_t *narrow = (const uint16_t *)task->x + t * task->in;
+            for (int64_t k = 0; k < task->in; k++) wide[k] = from_bfloat16(narrow[k]);
+            x = wide;
+        }
+        for (int64_t r = 0; r < task->rank; r++) h[r] = dot(x, task->A + r * task->in, task->in) * task->scale;
+        grow(h, task->B, wide, task->out, task->rank);
+        int64_t at = t * task->out;
+        if (task->dtype == FLOAT32) {
+            const float *restrict y = (const float *)task->y + at;
+            float *restrict to = (float *)task->to + at;
+            for (int64_t o = 0; o < task->out; o++) to[o] = y[o] + wide[o];
+        } else {
+            const uint16_t *restrict y = (const uint16_t *)task->y + at;
+            uint16_t *restrict to = (uint16_t *)task->to + at;
+            for (int64_t o = 0; o < task->out; o++) to[o] = to_bfloat16(from_bfloat16(y[o]) + wide[o]);
+        }
+    }
+}
+
+/* ---- The widest vectors that there are ---- */
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FOR(name, target_name)                                                                        \
+    __attribute__((target(target_name))) static void drop_##name(const Drop *task) { drop(task); }    \
+    __attribute__((target(target_name))) static void beside_##name(const Beside *task, float *h, float *w) { beside(task, h, w); }
+FOR(avx512, "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+FOR(avx2, "avx2,fma")
+#endif
+
+static void drop_plain(const Drop *task) { drop(task); }
+static void beside_plain(const Beside *task, float *h, float *w) { beside(task, h, w); }
+
+static void (*drop_best)(const Drop *) = drop_plain;
+static void (*beside_best)(const Beside *, float *, float *) = beside_plain;
+
+__attribute__((constructor)) static void choose(void) {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        drop_best = drop_avx2, beside_best = beside_avx2;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        drop_best = drop_avx512, beside_best = beside_avx512;
+#endif
+}
+
+static void *run(void *task) {
+    drop_best(task);
+    return NULL;
+}
+
+/* Elements of `from`, those whose lane is below the threshold as zeros. */
+void veneer_drop(const void *from, void *to, int64_t count, uint64_t seed, uint32_t threshold, int32_t size,
+                 int64_t threads) {
+    pthread_t started[MOST];
+    Drop tasks[MOST];
+    if (threads > MOST) threads = MOST;
+    if (threads > count / SHARE) threads = count / SHARE;
+    if (threads < 1) threads = 1;
+    int64_t share = (count / threads / 2 + 1) * 2, begun = 0;
+    for (int64_t k = 0; k < threads; k++) {
+        int64_t last = (k + 1) * share < count ? (k + 1) * share : count;
+        tasks[k] = (Drop){from, to, k * share, last, (uint32_t)seed, (uint32_t)(seed >> 32), threshold, size};
+        if (k + 1 < threads && pthread_create(&started[begun], NULL, run, &tasks[k]) == 0) begun++;
+        else run(&tasks[k]);
+    }
+    for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
+}
+
+/* y + scale * B(A(x)) with A and B in float32, summed in float32; 0 where there is no memory for it. */
+int veneer_beside(const void *x, const void *y, const float *A, const float *B, void *to, int64_t tokens, int64_t in,
+                  int64_t out, int64_t rank, float scale, int32_t dtype) {
+    Beside task = {x, y, A, B, to, tokens, in, out, rank, scale, dtype};
+    float *room = malloc(sizeof(float) * (size_t)(rank + (in > out ? in : out)));
+    if (!room) return 0;
+    beside_best(&task, room, room + rank);
+    free(room);
+    return 1;
+}

@@ -1,0 +1,93 @@
+"""LoRA's small work on a CPU in C: lora_cpu.c, which is built with the package where there is a compiler for it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FEW = 8
+"""Tokens up to which calling torch's products takes longer than what they compute."""
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1}
+"""Dtypes of activations by their number in the C file."""
+_KINDS = Tensor, Tensor, nn.Parameter, nn.Parameter
+"""What `beside` can read by its memory."""
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    spec = find_spec("veneer.ops._lora_cpu")  # not a module: where an extension lies is where setuptools put it
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    library.veneer_drop.restype = None
+    library.veneer_drop.argtypes = (
+        *(_POINTER, _POINTER, _INTEGER),
+        *(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, _INTEGER),
+    )
+    return library
+
+
+@functools.cache
+def _beside() -> Any:
+    """The function for few tokens, by a way that keeps the interpreter's lock: to let go of it takes longer."""
+    library = _library()
+    if library is None:
+        return None
+    function = ctypes.PyDLL(library._name).veneer_beside
+    function.argtypes = (*[_POINTER] * 5, *[_INTEGER] * 4, ctypes.c_float, ctypes.c_int32)
+    return function
+
+
+def missing() -> str | None:
+    """Why there is none of this; None where there is."""
+    return None if _library() else "it was not built: reinstall Veneer where there is a C compiler"
+
+
+def fits(x: Tensor) -> bool:
+    """Whether `drop` can read this tensor: a plain one on a CPU, of any dtype of 2, 4 or 8 bytes."""
+    plain = (type(x) is Tensor or type(x) is nn.Parameter) and x.is_cpu and not transforms()
+    return plain and x.itemsize > 1 and not x.is_complex() and _library() is not None
+
+
+def drop(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
+    """As `dropout.reference`."""
+    x = x.contiguous()
+    to = torch.empty_like(x)
+    sizes = x.numel(), int(seed), threshold, x.itemsize, torch.get_num_threads()
+    _built().veneer_drop(x.data_ptr(), to.data_ptr(), *sizes)
+    return to
+
+
+def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
+    """y + scale·B(A(x)) for a few tokens, summed in float32 and rounded once; None where this is not for them."""
+    dtype, width, kinds = y.dtype, x.shape[-1], (type(x), type(y), type(A), type(B))
+    if kinds != _KINDS or x.numel() > FEW * width or dtype not in _NUMBERS or x.dtype is not dtype or not x.numel():
+        return None
+    if not (A.dtype is B.dtype is torch.float32 and x.is_cpu and y.is_cpu and A.is_cpu and B.is_cpu):
+        return None
+    if not (x.is_contiguous() and y.is_contiguous() and A.is_contiguous() and B.is_contiguous()):
+        return None
+    function = _beside()
+    if function is None or transforms():
+        return None
+    to = torch.empty_like(y)
+    pointers = x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr()
+    done = function(*pointers, x.numel() // width, width, y.shape[-1], A.shape[0], scale, _NUMBERS[dtype])
+    return to if done else None
+
+
+transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""Within torch.func's transforms tensors have no memory to point to."""
+
+
+def _built() -> Any:
+    library = _library()
+    assert library is not None, "fits() says so"
+    return library
