@@ -12,9 +12,10 @@ from pairwise import cover
 import veneer
 from veneer import cli
 from veneer.errors import PlanError
-from veneer.plan import fitting, lines, tracing
+from veneer.plan import calibrating, chart, constants, devices, fitting, lines, tracing
 from veneer.plan.devices import GIB
 from veneer.plan.plan import Interval, plan
+from veneer.seams import loading
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "gemma3", "mixtral")
 LAYERS = {"gemma3": 9}
@@ -61,7 +62,7 @@ def setting(name, checkpointing=False, **options):
 
 
 def really_saved(found, wanted):
-    model = tracing.loading.class_of(found)(copy.deepcopy(found)).to(wanted.dtype)
+    model = loading.class_of(found)(copy.deepcopy(found)).to(wanted.dtype)
     if wanted.quantization:
         veneer.quantize(model, wanted.quantization)
     tracing.train_by(model, wanted)
@@ -165,3 +166,31 @@ def test_the_command_prints_a_table_and_json(monkeypatch, capsys):
     plans = json.loads(capsys.readouterr().out)["plans"]
     assert plans["lora:rank=4"]["trainable"] < plans["lora+prefix"]["trainable"]
     assert plans["lora+prefix"]["inference"]["merged"]["flops"] > 0
+
+
+def test_constants_are_fitted_and_kept_for_their_device(monkeypatch, tmp_path):
+    """From steps whose time is made of known shares come these shares; a later plan on the device takes them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    terms = [(0.1, 0.02, 300.0), (0.01, 0.05, 500.0), (0.3, 0.01, 200.0), (0.02, 0.02, 900.0)]
+    steps = [calibrating._Step(each, each[0] / 0.8 + each[1] / 0.5 + each[2] * 1e-5) for each in terms]
+    found = calibrating._fit(steps)
+    assert (found.products, found.bandwidth, found.call) == pytest.approx((0.8, 0.5, 1e-5), rel=1e-6)
+    device = devices.device("rtx-4090")
+    before = veneer.plan("llama3.2:1b", veneer.LoRA(rank=8), device=device)
+    constants.keep(device, constants.Constants(0.25, 0.35, 1e-5, 1.5, True))
+    after = veneer.plan("llama3.2:1b", veneer.LoRA(rank=8), device=device)
+    assert after.step_seconds.expected == pytest.approx(2 * before.step_seconds.expected)
+    assert after.step_seconds.high == pytest.approx(1.5 * after.step_seconds.expected)
+
+
+def test_the_chart_is_a_picture(tmp_path):
+    made = veneer.plan("llama3.2:1b", veneer.LoRA(rank=8))
+    chart.draw({"lora": made}, tmp_path / "plan.png", devices.device("24GB"))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_full_fine_tuning_trains_the_weights_and_the_method_copies_of_them():
+    whole, copied = (veneer.plan("llama3.2:1b", method) for method in ("full", veneer.FullFineTuning()))
+    assert whole.trainable == copied.trainable == whole.total
+    assert whole.memory["adapter"].expected == 0
+    assert copied.memory["adapter"].expected == 4 * copied.total  # float32

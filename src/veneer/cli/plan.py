@@ -17,7 +17,7 @@ from veneer.errors import PlanError, VeneerError
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or a name such as llama3.1:8b.")],
+    model: Annotated[str | None, typer.Argument(help="A folder, a Hub id, or a name such as llama3.1:8b.")] = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help="lora, lora:rank=16, qlora, full, none, lora+prefix, …; 'all' for every one; repeatable."),
@@ -35,6 +35,9 @@ def plan(
     loss: Annotated[str, typer.Option(help="whole, or chunked.")] = "whole",
     explain: Annotated[bool, typer.Option("--explain", help="Show the arithmetic of each line.")] = False,
     chart: Annotated[Path | None, typer.Option(help="Draw memory by part into this PNG.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure steps on this machine first, and keep what they tell of it.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Plan a fine-tuning: parameters, memory by part, time, adapter size and inference overhead, for every method.
@@ -48,6 +51,13 @@ def plan(
     from veneer.plan.plan import plan as planned
     from veneer.quantizing import NF4
 
+    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
+    if calibrate:
+        _calibrate(notes)
+        if model is None:
+            return
+    if model is None:
+        raise PlanError("Name a model to plan for, such as llama3.1:8b.")
     if quantization not in (None, "nf4"):
         raise PlanError(f"There is no quantization '{quantization}'. Give nf4, or leave it out.")
     if dtype not in (None, "bfloat16", "float16", "float32"):
@@ -56,7 +66,6 @@ def plan(
     names = lines.every() if method == ["all"] else method or list(lines.USUAL)
     wanted = [lines.line(name, packed) for name in names]
     device = devices.device("auto" if gpu == "cpu" else gpu) if gpu else None
-    console, notes = Console(highlight=False), Console(stderr=True, highlight=False)
     config: Any = config_of(model)
     found, failed = [], {}
     for one in track(wanted, "Counting", console=notes, transient=True, disable=json or not notes.is_terminal):
@@ -80,9 +89,13 @@ def plan(
             failed[one.name] = str(error)
             continue
         found.append((one.name, made))
-    limits = {name: _limits(one, device, fitting) for name, one in found[:1]} if device else {}
+    if not found:
+        raise PlanError(f"Nothing could be planned for {model}: {next(iter(failed.values()))}")
+    least = min(found, key=lambda pair: pair[1].peak.expected)
+    asked = found if method and method != ["all"] else [(name, one) for name, one in found if name in ("lora", "qlora")]
+    limits = {name: _limits(one, device, fitting) for name, one in asked} if device else {}
     fit = [one for _, one in found if device and one.fits(device.memory)]
-    cures = fitting.remedies(found[0][1]) if device and found and not fit else []
+    cures = fitting.remedies(least[1]) if device and not fit else []
     if chart is not None:
         from veneer.plan.chart import draw
 
@@ -99,12 +112,24 @@ def plan(
     for name, most in limits.items():
         console.print(f"{name}: batch up to {most['largest_batch']}, or sequence up to {most['largest_sequence']:,}")
     if cures:
-        console.print(f"Nothing is sure to fit. What would lower {found[0][0]}:")
+        console.print(f"Nothing is sure to fit. {least[0]} takes least; what would lower it:")
         for cure in cures:
             console.print(f"  {cure.change}: {_gib(cure.plan.peak.expected)}")
     if explain:
         for name, made in found:
             console.print(f"\n{name}\n{made.explain()}")
+
+
+def _calibrate(console: Console) -> None:
+    from veneer.plan.calibrating import calibrate
+
+    found = calibrate()
+    known = found.constants
+    console.print(
+        f"{found.device.name}: {known.products:.0%} of its rate for products, {known.bandwidth:.0%} of its bandwidth, "
+        f"{1e6 * known.call:.1f} µs a call, kept in {found.path}"
+    )
+    console.print(f"Mean error of a held-out step's time: {found.before:.0%} before, {found.after:.0%} after.")
 
 
 def _limits(plan: Any, device: Any, fitting: Any) -> dict[str, int]:

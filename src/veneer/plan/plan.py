@@ -21,7 +21,7 @@ from veneer.quantizing import NF4
 from veneer.seams import loading, transformers
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "dequantization", "overhead")
-OPTIMIZERS = ("adamw", "paged", "paged-bitsandbytes", "adamw-8bit")
+OPTIMIZERS = ("adamw", "flat", "paged", "paged-bitsandbytes", "adamw-8bit")
 WINDOW = 64 * MIB
 """Of `PagedAdamW`, on the device."""
 
@@ -324,13 +324,16 @@ def _phases(counted: Counts, setting: Setting, optimizer: str) -> dict[str, dict
 def _completed(parts: dict[str, Interval], counted: Counts, setting: Setting) -> dict[str, Interval]:
     """All parts, with what the process, CUDA and the allocator add."""
     if setting.kind == "cpu":
-        overhead = Interval.of(resident())
+        now = resident()
+        alive = sum(parts[part].expected for part in ("gradients", "activations", "logits") if part in parts)
+        overhead = Interval(now, now, now + alive)  # glibc's malloc may keep as much of what was freed before
     else:
-        alive = sum(part.expected for part in parts.values())
-        slack = alive * counted.get(SLACK, 0.0)
+        slack = counted.get(SLACK, 0.0)
+        alive = sum(parts[part].expected for part in ("gradients", "activations", "logits") if part in parts)
+        most = max(slack, slack * alive / max(counted.get("largest transient", 0.0), 1))
         context = Interval(*CUDA_CONTEXT) if setting.kind == "cuda" else Interval.of(0)
         # The allocator gives unused segments back before it fails, so that slack need not be there.
-        overhead = context + Interval.of(2 * CUBLAS_WORKSPACE) + Interval(0, slack, slack)
+        overhead = context + Interval.of(2 * CUBLAS_WORKSPACE) + Interval(0, slack, most)
     return {part: parts.get(part, Interval.of(0)) for part in PARTS} | {"overhead": overhead}
 
 
@@ -352,6 +355,8 @@ def _states(counted: Counts, kind: str, optimizer: str) -> tuple[float, float]:
         return counted["unpaged states"], 0.0
     if optimizer == "adamw-8bit":
         return counted["small states"], 0.0
+    if optimizer == "flat":  # a buffer for the gradients, too
+        return 3 * trained, trained if kind == "cuda" else 2 * trained
     # On a GPU torch takes the square root of all second moments at once; on a CPU it goes tensor by tensor.
     return 2 * trained, trained if kind == "cuda" else 2 * largest
 

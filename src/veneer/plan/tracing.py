@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ Counts = dict[str, float]
 HOST_ALLOCATOR = Allocator(block=1)
 """What a CPU's allocator adds to a tensor's bytes is too little to count."""
 SLACK = "largest slack"
-"""The share of what is alive that the allocator takes beside it."""
+"""Bytes that the allocator takes beside what is alive, of the deepest model that is built."""
 PHASES = ("forward", "loss", "last block", "first block")
 """Of forward and backward, in order; each has its own highest moment. The optimizer's step follows."""
 
@@ -127,13 +127,16 @@ def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
         if stack.steps:
             more = _counted(config, few | {stack: stack.more}, setting)
             for key in base:
-                added = 0.0 if key.startswith("largest") else more[key] - base[key]
+                added = more[key] - base[key]
+                if key.startswith("largest"):
+                    total[key], added = max(total[key], more[key]), 0.0
                 total[key] += added * stack.steps
                 block[key] += added
     return total, block
 
 
 _KNOWN: dict[str, Counts] = {}
+_BASES: dict[tuple[str, Setting], Counts] = {}
 
 
 def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Counts:
@@ -174,7 +177,10 @@ def _count(config: Any, setting: Setting) -> Counts:
     }
     model.eval()
     with _attention(setting):
-        found |= {f"base {key}": value for key, value in _forward(model, setting).items()}
+        key = (config.to_json_string(use_diff=False), replace(setting, method=None, where=None, checkpointing=False))
+        if key not in _BASES:
+            _BASES[key] = {f"base {name}": value for name, value in _forward(model, setting).items()}
+        found |= _BASES[key]
         if setting.method is None:
             return found | {"trainable": 0, "adapter": 0}
         adapter = train_by(model, setting)
@@ -243,6 +249,8 @@ class _Counting(Live):
         self.calls += 1
         if packet is torch.ops.veneer.nf4_product:
             self.flops += 2.0 * args[0].numel() * math.prod(args[3]) / args[3][0 if args[-1] else 1]
+        elif packet is torch.ops.aten._grouped_mm:
+            self.flops += 2.0 * args[0].numel() * args[1].shape[-1]
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             self.flops += 10.0 * args[1].numel() * args[2].shape[-2]
         elif packet in flop_registry:
@@ -373,8 +381,9 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
     at["last block"], at["first block"] = (blocks[0], blocks[-1]) if blocks else (peaks[-1], peaks[-1])
     for name, (_, peak, grads) in at.items():
         found[f"peak {name}"], found[f"gradients {name}"] = peak, grads
-    highest = max(peak for _, peak, _ in peaks) + before
-    found[SLACK] = max(0.0, reserved(live.events) / highest - 1) if setting.kind != "cpu" else 0.0
+    highest = max(peak for _, peak, _ in peaks)
+    found[SLACK] = 0.0 if setting.kind == "cpu" else max(0.0, reserved(live.events) - highest - before)
+    found["largest transient"] = highest
     return found | {"flops": live.flops, "moved": live.moved, "calls": live.calls}
 
 
