@@ -58,7 +58,7 @@ class Live(TorchDispatchMode):
             found = torch.empty_like(narrow, dtype=args[0].dtype)  # only meta tensors insist on 16 bits
         else:
             found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        for leaf in (found,) if isinstance(found, Tensor) else tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._see(leaf)
         return found

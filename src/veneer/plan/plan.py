@@ -355,8 +355,8 @@ def _states(counted: Counts, kind: str, optimizer: str) -> tuple[float, float]:
         return counted["unpaged states"], 0.0
     if optimizer == "adamw-8bit":
         return counted["small states"], 0.0
-    if optimizer == "flat":  # a buffer for the gradients, too
-        return 3 * trained, trained if kind == "cuda" else 2 * trained
+    if optimizer == "flat":  # a buffer for the gradients, too; a CPU takes it in small pieces
+        return 3 * trained, 2 * trained if kind == "cuda" else 0.0
     # On a GPU torch takes the square root of all second moments at once; on a CPU it goes tensor by tensor.
     return 2 * trained, trained if kind == "cuda" else 2 * largest
 
