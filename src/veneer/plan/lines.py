@@ -22,7 +22,7 @@ _BEYOND = ("adapterfusion", "gated", "trainabletokens")
 _NEEDED = {"adalora": {"total_steps": 1000}}
 """Options without a default, which change no count."""
 USUAL = (
-    *("full", "lora", "qlora", "dora", "adalora", "ia3", "prefix", "prompt", "adapter", "bitfit", "layernorm"),
+    *("full", "lora", "qlora", "dora", "ia3", "prefix", "prompt", "adapter", "bitfit", "layernorm"),
     "lora+prefix",
 )
 
