@@ -19,7 +19,8 @@ def largest_batch(plan: Plan, size: int) -> int:
 
     All counts grow by the same for each example, so two plans tell all others; the answer is planned itself.
     """
-    return _largest(plan, "batch_size", (8, 16), size, MOST)
+    own = plan.setting.batch
+    return _largest(plan, "batch_size", (own + 8, own), size, MOST)
 
 
 def largest_sequence(plan: Plan, size: int) -> int:
@@ -30,8 +31,8 @@ def largest_sequence(plan: Plan, size: int) -> int:
     """
     text = plan.config.get_text_config(decoder=False)
     most: int = getattr(text, "max_position_embeddings", None) or MOST
-    top = min(1024, most)
-    return _largest(plan, "sequence_length", (max(1, top // 4), max(2, top // 2), max(3, top)), size, most)
+    top = max(3, min(plan.setting.sequence, most))
+    return _largest(plan, "sequence_length", (max(1, top // 4), max(2, top // 2), top), size, most)
 
 
 def _largest(plan: Plan, option: str, points: tuple[int, ...], size: int, most: int) -> int:
@@ -49,9 +50,11 @@ def _largest(plan: Plan, option: str, points: tuple[int, ...], size: int, most: 
             low, high = (middle, high) if fits else (low, middle)
         return low
 
+    if plan.counted["weights"] + plan.counted["adapter"] > size:
+        return 0
     known = {n: at(n) for n in points}
     best, slack = 0, known[points[-1]].counted.get(SLACK, 0.0)
-    for _ in range(3):  # what the allocator leaves unused wavers, and is least where there is much to allocate
+    for _ in range(2):  # what the allocator leaves unused wavers, and is least where there is much to allocate
         found = least_above(slack)
         while found > best and (planned := at(found)).peak.expected > size:
             slack = planned.counted.get(SLACK, 0.0)
