@@ -181,6 +181,7 @@ __all__ = [
     "load_quantized",
     "merge",
     "optimizer",
+    "plan",
     "quantize",
     "quantize_around",
     "refusals",
@@ -196,9 +197,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _Any:
-    """`veneer.train`, which imports transformers."""
-    if name == "train":
+    """`veneer.train` and `veneer.plan`, which import transformers."""
+    if name in ("train", "plan"):
         from importlib import import_module
 
-        return import_module("veneer.train")
+        return import_module(f"veneer.{name}")
     raise AttributeError(f"module 'veneer' has no attribute '{name}'")

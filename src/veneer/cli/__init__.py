@@ -10,7 +10,7 @@ from veneer.errors import VeneerError
 
 def main() -> None:
     """Run the `veneer` command; a user's mistake is one sentence on standard error and exit code 2."""
-    from veneer.cli import choose, compare, data, export, train  # noqa: F401  # they register their commands
+    from veneer.cli import choose, compare, data, export, plan, train  # noqa: F401  # they register their commands
     from veneer.cli.commands import app
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it tells of a kernel hub nobody asked for

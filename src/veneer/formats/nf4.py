@@ -138,9 +138,8 @@ def pack(weight: Tensor, block_size: int, double_quant: bool) -> Packed:
     flat = weight.detach().flatten()
     data = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-len(flat) // block_size), device=weight.device, dtype=torch.float32)
-    step = max(1, len(flat)) if weight.is_meta else _PIECE
-    for start in range(0, len(flat), step):
-        piece = nf4_kernels.quantize(flat[start : start + step], block_size, False)
+    for start in range(0, 0 if weight.is_meta else len(flat), _PIECE):  # on meta there is nothing to compute
+        piece = nf4_kernels.quantize(flat[start : start + _PIECE], block_size, False)
         data[start // 2 :][: len(piece.data)] = piece.data
         absmax[start // block_size :][: len(piece.absmax)] = piece.absmax
     packed = Packed(data, absmax, tuple(weight.shape), block_size)

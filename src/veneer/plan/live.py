@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from veneer.plan.devices import CUDA_ALLOCATOR, Allocator
@@ -28,13 +28,14 @@ class Live(TorchDispatchMode):
     """Within, every storage that an operation makes on the meta device is counted until it is dropped.
 
     now, peak: bytes, each storage rounded as the allocator rounds it. events: (storage, its bytes when it is made, or 0
-    when it is dropped), in order.
+    when it is dropped), in order. flops: of fused attention, which no single operation shows.
     """
 
     def __init__(self, allocator: Allocator = CUDA_ALLOCATOR) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.allocator = allocator
         self.now = self.peak = 0
+        self.flops = 0.0
         self.events: list[tuple[int, int]] = []
         self._sizes: dict[int, int] = {}
         self._known: dict[int, int] = {}
@@ -52,8 +53,12 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1  # questions such as "is the mask all ones?" have a usual answer, and values are not there
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            narrow = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {}))
+            found = torch.empty_like(narrow, dtype=args[0].dtype)  # only meta tensors insist on 16 bits
+        else:
+            found = func(*args, **(kwargs or {}))
+        for leaf in (found,) if isinstance(found, Tensor) else tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._see(leaf)
         return found
@@ -200,14 +205,59 @@ def fused_attention() -> Iterator[None]:
         F.scaled_dot_product_attention = original
 
 
+@contextmanager
+def cpu_attention() -> Iterator[None]:
+    """Within, attention on the meta device keeps what it keeps on a CPU, whose fused kernel takes all dtypes and masks.
+
+    It does not take dropout, nor a mask that learns (T5's positions): then a CPU, too, takes attention apart.
+    """
+
+    original = F.scaled_dot_product_attention
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        learned = attn_mask is not None and attn_mask.requires_grad
+        same = query.dim() == 4 and query.shape[-1] == value.shape[-1]
+        if query.device.type != "meta" or dropout_p or learned or not same:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, **kwargs)
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
+        run = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        _tell(4, query, key)
+        return run(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=kwargs.get("scale"))[0]
+
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         rows, heads, length = query.shape[:3]
+        _tell(4, query, key)
         out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+        query, key, value = ctx.saved_tensors[:3]  # read once: what a checkpoint computes again is handed out once
+        _tell(10, query, key)
+        return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def _tell(each: int, query: Tensor, key: Tensor) -> None:
+    """Two products forward, five backward, whose operations are a multiple of queries, keys and width."""
+    mode = _get_current_dispatch_mode()
+    if isinstance(mode, Live):
+        mode.flops += each * query.numel() * key.shape[-2]

@@ -141,6 +141,11 @@ def is_decoder(model: Any) -> bool:
     return is_pretrained(model) and "past_key_values" in _accepted(model) and not model.config.is_encoder_decoder
 
 
+def accepts(model: Any, argument: str) -> bool:
+    """Whether the model's forward has such an argument."""
+    return argument in _accepted(model)
+
+
 def _accepted(model: Any) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
