@@ -150,6 +150,7 @@ def test_remedies_are_lower_than_what_they_mend():
         (None, {"optimizer": "adamv"}, "adamw"),
         (None, {"batch_size": 0}, "at least 1"),
         (None, {"quantization": "int3"}, "nf4"),
+        (None, {"dtype": "float8"}, "float32, bfloat16, float16"),
     ],
 )
 def test_what_cannot_be_planned_says_so(method, options, text):

@@ -44,7 +44,6 @@ def plan(
 
     Needs a config only. Examples: veneer plan llama3.1:8b --gpu 24GB; veneer plan ./model --method lora:rank=16
     """
-    import torch
 
     from veneer.plan import devices, fitting, lines
     from veneer.plan.plan import config_of
@@ -60,8 +59,6 @@ def plan(
         raise PlanError("Name a model to plan for, such as llama3.1:8b.")
     if quantization not in (None, "nf4"):
         raise PlanError(f"There is no quantization '{quantization}'. Give nf4, or leave it out.")
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise PlanError(f"There is no dtype '{dtype}' to plan in. Give bfloat16, float16 or float32.")
     packed = NF4() if quantization else None
     names = lines.every() if method == ["all"] else method or list(lines.USUAL)
     wanted = [lines.line(name, packed) for name in names]
@@ -76,7 +73,7 @@ def plan(
                 where,
                 batch_size=batch,
                 sequence_length=sequence,
-                dtype=vars(torch)[dtype] if dtype else None,
+                dtype=dtype,
                 quantization=one.quantization,
                 optimizer=optimizer,
                 checkpointing=checkpointing,

@@ -169,6 +169,9 @@ def _mib(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.2f} MiB"
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def plan(
     model: nn.Module | str | Path | Any,
     method: Methods | str | None = None,
@@ -176,7 +179,7 @@ def plan(
     *,
     batch_size: int = 1,
     sequence_length: int = 512,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     quantization: NF4 | str | None = None,
     optimizer: str = "adamw",
     checkpointing: bool = False,
@@ -206,6 +209,10 @@ def plan(
         if quantization != "nf4":
             raise PlanError(f"There is no quantization '{quantization}'. Give 'nf4', NF4(...) or None.")
         quantization = NF4()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise PlanError(f"There is no dtype '{dtype}'. Give {', '.join(DTYPES)}, or torch's own.")
+        dtype = DTYPES[dtype]
     if loss not in ("whole", "chunked"):
         raise PlanError(f"There is no loss '{loss}'. Give 'whole' or 'chunked'.")
     if isinstance(method, str) and method != "full":
