@@ -7,8 +7,11 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import perturb
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import veneer
 from veneer.ops import dropout, lora, lora_cpu
 from veneer.ops.dropout import NONE, Dropout, draw
 
@@ -222,3 +225,33 @@ def test_what_c_is_not_for_is_left_to_torch():
     assert lora_cpu.beside(x.double(), y.double(), A, B, SCALE) is None
     assert lora_cpu.beside(x.transpose(0, 1), y.transpose(0, 1), A, B, SCALE) is None
     assert lora_cpu.beside(x, y, torch.nn.Parameter(A.bfloat16()), B, SCALE) is None
+
+
+@pytest.mark.parametrize("method", [veneer.LoRA(rank=2), veneer.VeRA(rank=4)], ids=lambda method: type(method).__name__)
+def test_a_model_may_change_an_answer_in_place(method):
+    """As Longformer and its kin do with their queries."""
+
+    class Scaled(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.in_place = nn.Linear(6, 4), in_place
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.q(x)
+            if self.in_place:
+                y /= 2
+                return y
+            return y / 2
+
+    gradients = []
+    for in_place in (False, True):
+        model = Scaled(in_place)
+        torch.manual_seed(1)
+        adapter = veneer.attach(model, method, where="q")
+        perturb(adapter)
+        x = torch.ones(2, 3, 6, requires_grad=True)
+        model(x).pow(2).sum().backward()
+        gradients.append([x.grad, *(p.grad for p in adapter.parameters())])
+    for plain, changed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, changed)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -108,7 +108,9 @@ class _Down(Function):
 
 def _up(h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
     with _exact(y):
-        return torch.addmm(_rows(y), _rows(h), B.to(y.dtype).T, alpha=scale).view(y.shape)
+        flat = torch.addmm(_rows(y), _rows(h), B.to(y.dtype).T, alpha=scale)
+        # no view, which a model could not change in place, as some do with a query
+        return cast(Tensor, torch.ops.aten._unsafe_view(flat, y.shape))
 
 
 class _Up(Function):
