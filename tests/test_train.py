@@ -295,7 +295,7 @@ def test_speed_counts_the_tokens_without_padding_and_the_time_without_probes(tok
     _, _, history, _, rows = trained(tokenizer, steps=6, probe=probe, probe_at={2, 4})
     assert history.held_out == [(2, 3.0), (4, 2.0)]
     assert history.tokens == sum(len(row["input_ids"]) for row in rows)  # six batches of four see each of the 24 once
-    assert history.seconds == 6 + 2  # one tick a step, one to start each probe
+    assert history.seconds == 3 * 6 + 2  # a tick as a step begins, as it ends, as it is told; one to start each probe
     assert history.tokens_per_second == history.tokens / history.seconds
 
 
