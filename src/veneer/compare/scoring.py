@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.seams import transformers
 from veneer.train.batch import by_length
 from veneer.train.data import Prepared
 from veneer.train.evaluate import evaluating, on_device
@@ -72,8 +73,8 @@ def _truth(tokenizer: Any, labels: Any, prepared: Prepared) -> str:
 
 def fitting(model: Any, tokens: int) -> int:
     """So many tokens, or half of what the model takes where that is less: methods put some of their own in front."""
-    longest = model.config.to_dict().get("max_position_embeddings")
-    return min(tokens, longest // 2) if isinstance(longest, int) and longest > 1 else tokens
+    longest = transformers.positions(model.config)
+    return tokens if longest is None else min(tokens, longest // 2)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any
 from veneer.errors import VeneerError
 from veneer.plan.plan import Plan
 from veneer.plan.tracing import SLACK, Counts
+from veneer.quantizing import NF4
+from veneer.seams import transformers
 
 MOST = 2**20
 """Examples or tokens beyond which nobody looks."""
@@ -29,8 +31,7 @@ def largest_sequence(plan: Plan, size: int) -> int:
     Counts grow with the length and with its square at most, so three plans tell all others; the answer is planned
     itself.
     """
-    text = plan.config.get_text_config(decoder=False)
-    most: int = getattr(text, "max_position_embeddings", None) or MOST
+    most = transformers.positions(plan.config) or MOST
     top = max(3, min(plan.setting.sequence, most))
     return _largest(plan, "sequence_length", (max(1, top // 4), max(2, top // 2), top), size, most)
 
@@ -80,8 +81,6 @@ def remedies(plan: Plan) -> list[Remedy]:
     if trains and not setting.checkpointing:
         changes["checkpointing: activations computed again"] = {"checkpointing": True}
     if setting.quantization is None and setting.method != "full":
-        from veneer.quantizing import NF4
-
         changes["the base in 4 bits"] = {"quantization": NF4()}
     if trains and setting.loss == "whole":
         changes["the loss in chunks"] = {"loss": "chunked"}

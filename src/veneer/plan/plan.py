@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -226,7 +227,7 @@ def plan(
     found = device_of("auto") if device == "cpu" else device_of(device) if isinstance(device, str) else device
     if device == "cpu" and found is not None and found.kind != "cpu":
         raise PlanError("This machine has an accelerator; its CPU is not planned for. Give auto or a device's name.")
-    dtype = dtype or _dtype(config)
+    dtype = dtype or transformers.stored_dtype(config)
     kind = found.kind if found else "cuda"
     setting = Setting(
         method, where, batch_size, sequence_length, dtype, quantization, checkpointing, loss, kind, adapter_dtype
@@ -241,7 +242,7 @@ def config_of(model: Any) -> Any:
             raise PlanError(
                 f"{type(model).__name__} is no model of transformers, whose depth can be told. Give a config."
             )
-        found: Any = model.config
+        found: Any = copy.deepcopy(model.config)
         found.architectures = [type(model).__name__]
         return found
     if not isinstance(model, str | Path):
@@ -254,13 +255,6 @@ def config_of(model: Any) -> Any:
     ):
         return presets.preset(name)
     return loading.config_of(name, None)
-
-
-def _dtype(config: Any) -> torch.dtype:
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def made(config: Any, setting: Setting, optimizer: str, device: Device | None, counted: Counts | None = None) -> Plan:

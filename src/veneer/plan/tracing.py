@@ -6,10 +6,9 @@ block of each kind, so all other depths follow exactly.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from veneer.adapter import attach
+from veneer.counting import count_parameters
 from veneer.delta import Method
 from veneer.errors import PlanError
 from veneer.formats.nf4 import NF4Linear
@@ -28,6 +28,7 @@ from veneer.plan.live import Live, cpu_attention, fused_attention, held, reserve
 from veneer.quantizing import NF4, quantize
 from veneer.seams import anatomy, loading, transformers
 from veneer.seams.checkpointing import checkpoint_activations
+from veneer.seams.depths import Depth, depths, shallow
 
 Methods = Method | tuple[Method, ...] | Mapping[str, Any]
 Counts = dict[str, float]
@@ -53,68 +54,6 @@ class Setting:
     loss: str
     kind: str
     adapter_dtype: torch.dtype | None
-
-
-@dataclass(frozen=True)
-class Depth:
-    """How deep a model is, and the depths at which it is built: `few` and `more`, which differ by `period` blocks.
-
-    names: the options of the config that say so. kinds: lists with an entry a block.
-    """
-
-    names: tuple[str, ...]
-    layers: int
-    few: int
-    period: int
-    kinds: tuple[str, ...]
-
-    @property
-    def more(self) -> int:
-        """The greater of the two."""
-        return self.few + self.period
-
-    @property
-    def steps(self) -> float:
-        """How many times the difference of the two makes a model of full depth out of the smaller one."""
-        return (self.layers - self.few) / self.period
-
-
-def depths(config: Any) -> list[Depth]:
-    """The stacks of blocks of a config, those of one depth together; a pattern of kinds of blocks stays whole."""
-    text = config.get_text_config(decoder=False)
-    stored = text.to_dict()
-    first = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    names = list(dict.fromkeys((first, "encoder_layers", "decoder_layers", "num_decoder_layers")))
-    found: dict[int, list[str]] = {}
-    for name in names:
-        if isinstance(stored.get(name), int):
-            found.setdefault(stored[name], []).append(name)
-    made = []
-    for layers, same in found.items():
-        kinds = tuple(name for name, value in stored.items() if isinstance(value, list) and len(value) == layers > 0)
-        period = max([_period(stored[name]) for name in kinds], default=1)
-        ahead = stored.get("first_k_dense_replace") or 0
-        few = max(2, period + layers % period) + ahead
-        if few + period >= layers:
-            few, period = layers, 1
-        made.append(Depth(tuple(same), layers, few, period, kinds))
-    return made
-
-
-def _period(kinds: list[Any]) -> int:
-    return next(n for n in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % n] for i in range(len(kinds))))
-
-
-def shallow(config: Any, chosen: Mapping[Depth, int]) -> Any:
-    """The config with so many blocks."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config(decoder=False)
-    for depth, layers in chosen.items():
-        for name in depth.kinds:
-            setattr(text, name, getattr(text, name)[:layers])
-        for name in depth.names:
-            setattr(text, name, layers)
-    return config
 
 
 def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
@@ -171,7 +110,7 @@ def _count(config: Any, setting: Setting) -> Counts:
     model = build(config, setting)
     base = held(model)
     found: Counts = {
-        "total": sum(_numbers(model)),
+        "total": count_parameters(model).total,
         "weights": sum(t.nbytes for t in {id(t): t for t in base}.values()),
         "largest dense": _largest(model, setting),
     }
@@ -204,19 +143,6 @@ def _count(config: Any, setting: Setting) -> Counts:
     return found
 
 
-def _numbers(model: nn.Module) -> Iterator[int]:
-    seen = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield (
-                    math.prod(module.packed.shape)
-                    if isinstance(module, NF4Linear) and name == "weight"
-                    else parameter.numel()
-                )
-
-
 def _largest(model: nn.Module, setting: Setting) -> int:
     """Bytes of the largest packed weight, made dense."""
     sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)]
@@ -228,10 +154,8 @@ def _eight_bits(parameter: Tensor) -> float:
     return parameter.numel() * (2 * (1 + 4 / 256) if parameter.numel() >= 4096 else 8)
 
 
-@contextmanager
-def _attention(setting: Setting) -> Iterator[None]:
-    with cpu_attention() if setting.kind == "cpu" else fused_attention():
-        yield
+def _attention(setting: Setting) -> AbstractContextManager[None]:
+    return cpu_attention() if setting.kind == "cpu" else fused_attention()
 
 
 class _Counting(Live):
@@ -264,8 +188,7 @@ class _Counting(Live):
 def inputs(config: Any, setting: Setting) -> dict[str, Tensor]:
     """A batch without padding, cut so that what a prompt puts in front has positions, too."""
     length = setting.sequence
-    stored = config.get_text_config(decoder=False)
-    positions = getattr(stored, "max_position_embeddings", None)
+    positions = transformers.positions(config)
     if positions is not None and isinstance(setting.method, PromptTuning):
         length -= max(0, length + setting.method.length - positions)
     if length < 1:
@@ -353,7 +276,7 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
     with _Counting(setting.kind) as live:
         live.hold(held(model))
         live.hold(batch.values())
-        before, marks = live.now, [("forward", 0, 0)]
+        before, marks = live.now, [("forward", 0)]
         peaks: list[tuple[str, float, float]] = []
 
         def gradients() -> int:
@@ -363,7 +286,7 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
             """A phase ends, and the next one begins."""
             peaks.append((marks[-1][0], live.peak - before, gradients()))
             live.peak = live.now
-            marks.append((name, live.now - before, 0))
+            marks.append((name, live.now - before))
 
         handles = _marked(model, mark)
         loss, found["saved"] = saved_by(model, lambda: loss_of(model, batch, setting.loss))
@@ -399,12 +322,6 @@ def _marked(model: Any, mark: Callable[[str], None]) -> list[Any]:
         if isinstance(first, Tensor) and first.requires_grad:
             first.register_hook(lambda gradient: mark("block"))
 
-    for path in _blocks(model):
+    for path in anatomy.outermost(model):
         handles.append(model.get_submodule(path).register_forward_hook(returned))
     return handles
-
-
-def _blocks(model: nn.Module) -> list[str]:
-    """The outermost repeated blocks."""
-    paths = anatomy.repeated(model)
-    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]

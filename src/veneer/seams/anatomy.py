@@ -188,6 +188,12 @@ def repeated(model: nn.Module) -> list[str]:
     ]
 
 
+def outermost(model: nn.Module) -> list[str]:
+    """Paths of the repeated blocks that lie in no other."""
+    paths = repeated(model)
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
 def analyse(graph: Graph, blocks: list[str], whole: list[str]) -> Anatomy:
     """The anatomy that a graph shows; `whole` are the blocks that gradient checkpointing recomputes."""
     found: list[Sublayer] = []

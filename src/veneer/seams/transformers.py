@@ -62,6 +62,19 @@ def config(model: Any) -> dict[str, Any]:
     return found
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model has positions for, by its config; None where that does not say."""
+    found = getattr(config.get_text_config(decoder=False), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 1 else None
+
+
+def stored_dtype(config: Any) -> torch.dtype:
+    """What a config says its weights are stored in; float32 where it does not say."""
+    found = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    found = getattr(torch, found) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
 def width(model: Any) -> int:
     """How wide the model's residual stream is."""
     hidden: int = model.config.hidden_size

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import GenerationMixin
 
-from veneer.seams.anatomy import repeated
+from veneer.seams.anatomy import outermost
 
 
 def processes() -> PartialState:
@@ -28,10 +28,8 @@ def share_out(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(processes().device.type, (processes().num_processes,))
-    blocks = repeated(model)
-    for path in blocks:
-        if not any(path.startswith(f"{other}.") for other in blocks):
-            fully_shard(model.get_submodule(path), mesh=mesh)
+    for path in outermost(model):
+        fully_shard(model.get_submodule(path), mesh=mesh)
     fully_shard(model, mesh=mesh)
     if isinstance(model, GenerationMixin):
         register_fsdp_forward_method(model, "generate")
