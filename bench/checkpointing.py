@@ -18,6 +18,7 @@ import time
 
 import torch
 import transformers
+from process_memory import forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -35,11 +36,6 @@ WAYS = {
 }
 
 
-def status(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
 def measure(where: str, way: str) -> dict[str, float]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -49,15 +45,14 @@ def measure(where: str, way: str) -> dict[str, float]:
     WAYS[way](model)
     ids = torch.randint(0, 1024, (ROWS, TOKENS))
     model(input_ids=ids[:1, :8], labels=ids[:1, :8], use_cache=False).loss.backward()  # so that all code is loaded
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")
-    before, seconds, cpu = status("VmHWM"), [], []
+    forget_peak()
+    before, seconds, cpu = status(), [], []
     for _ in range(STEPS):
         start, busy = time.perf_counter(), time.process_time()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
-    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "cpu": min(cpu)}
+    return {"memory": status() - before, "seconds": min(seconds), "cpu": min(cpu)}
 
 
 def main() -> None:

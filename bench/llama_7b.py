@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import platform
 import time
-from pathlib import Path
 
 import torch
 import transformers
+from process_memory import status
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -27,12 +27,6 @@ from veneer.ops import nf4_kernels
 
 GIB = 2**30
 LIMIT = 8 * GIB
-
-
-def resident(key: str = "VmHWM") -> int:
-    """Resident memory of this process in bytes: the greatest so far, or with VmRSS the present one."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def build(layers: int) -> nn.Module:
@@ -83,7 +77,7 @@ def main() -> None:
     ids = {id(module.weight) for module in packed}
     dense = size([p for p in model.parameters() if id(p) not in ids])
     weights = sum(module.in_features * module.out_features for module in packed)
-    after_build = resident()
+    after_build = status()
 
     start = time.perf_counter()
     adapter = veneer.attach(model, veneer.LoRA(rank=options.rank, alpha=options.rank))
@@ -113,13 +107,13 @@ def main() -> None:
     row("its gradients", size([p.grad for p in adapter.parameters() if p.grad is not None]))
     row("Adam's moments", size([t for state in optimizer.state.values() for t in state.values()]))
     row("greatest resident memory after building", after_build, built)
-    row("  and after the step", resident(), forward + backward + stepped)
+    row("  and after the step", status(), forward + backward + stepped)
     console.print(
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"{torch.get_num_threads()} threads, kernel {nf4_kernels.chosen('cpu')}"
     )
     console.print(table)
-    total, peak = veneer.count_parameters(model).total, resident()
+    total, peak = veneer.count_parameters(model).total, status()
     console.print(f"{total:,} parameters; {8 * (four + magnitudes) / weights:.3f} bits a packed weight")
     console.print(f"{options.tokens} tokens, loss {loss.item():.3f}; {len(without)} adapter tensors without gradient")
     console.print(f"forward {forward:.1f} s, backward {backward:.1f} s, optimizer {stepped:.1f} s")

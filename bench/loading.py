@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from process_memory import forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -29,11 +30,6 @@ import veneer
 
 MIB = 2**20
 WAYS = ("veneer", "bitsandbytes")
-
-
-def resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def load(way: str, folder: str) -> torch.nn.Module:
@@ -47,10 +43,10 @@ def measure(way: str, small: str, large: str) -> None:
     """In a process of its own: bytes at the peak, own and mapped ones afterwards, seconds."""
     warnings.simplefilter("ignore")
     load(way, small)  # what the libraries take, imports included
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before, start = {key: resident(key) for key in ("VmRSS", "RssAnon", "RssFile")}, time.perf_counter()
+    forget_peak()
+    before, start = {key: status(key) for key in ("VmRSS", "RssAnon", "RssFile")}, time.perf_counter()
     model = load(way, large)
-    print(resident("VmHWM") - before["VmRSS"], *(resident(k) - before[k] for k in ("RssAnon", "RssFile")))
+    print(status("VmHWM") - before["VmRSS"], *(status(k) - before[k] for k in ("RssAnon", "RssFile")))
     print(time.perf_counter() - start)
     del model
 

@@ -20,6 +20,7 @@ import time
 
 import torch
 import transformers
+from process_memory import forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -34,11 +35,6 @@ WAYS = {
     "stock, half": ("stock", 0.5),
     "chunked, half": ("chunked", 0.5),
 }
-
-
-def status(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 def measure(way: str, asked: argparse.Namespace) -> dict[str, float]:
@@ -65,15 +61,14 @@ def measure(way: str, asked: argparse.Namespace) -> dict[str, float]:
         return float(loss.detach())
 
     step(64)  # so that all code is loaded
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")
-    before, seconds, cpu = status("VmHWM"), [], []
+    forget_peak()
+    before, seconds, cpu = status(), [], []
     for _ in range(asked.steps):
         start, busy = time.perf_counter(), time.process_time()
         loss = step(asked.tokens)
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
-    return {"memory": status("VmHWM") - before, "seconds": min(seconds), "cpu": min(cpu), "loss": loss}
+    return {"memory": status() - before, "seconds": min(seconds), "cpu": min(cpu), "loss": loss}
 
 
 def main() -> None:

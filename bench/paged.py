@@ -20,6 +20,7 @@ import warnings
 
 import bitsandbytes
 import torch
+from process_memory import forget_peak, status
 from rich.console import Console
 from rich.table import Table
 
@@ -41,11 +42,6 @@ KINDS = {
 }
 
 
-def status(field: str) -> int:
-    with open("/proc/self/status") as lines:
-        return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
-
-
 def measure(kind: str, millions: float, folder: str | None) -> dict[str, float]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # bitsandbytes says that it pages nothing on a CPU, which the table shows
@@ -55,16 +51,15 @@ def measure(kind: str, millions: float, folder: str | None) -> dict[str, float]:
     small = torch.nn.Parameter(torch.ones(8192))
     small.grad = torch.ones_like(small)
     KINDS[kind]([small], folder).step()  # so that all code is loaded
-    with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")
-    before, seconds, cpu = status("VmHWM"), [], []
+    forget_peak()
+    before, seconds, cpu = status(), [], []
     optimizer = KINDS[kind](params, folder)
     for _ in range(STEPS):
         start, busy = time.perf_counter(), time.process_time()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - busy)
-    return {"memory": status("VmHWM") - before, "seconds": min(seconds[1:]), "cpu": min(cpu[1:])}
+    return {"memory": status() - before, "seconds": min(seconds[1:]), "cpu": min(cpu[1:])}
 
 
 def main() -> None:

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import transformers
+from process_memory import forget_peak, status
 from transformers import BertConfig, GemmaConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 import veneer
 from veneer.errors import VeneerError
 from veneer.plan import lines, tracing
 from veneer.plan.plan import made, resident
-from veneer.seams import loading
+from veneer.seams import depths, loading
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4}
 SMALL: dict[str, Any] = {
@@ -97,17 +98,12 @@ def saved() -> list[tuple[str, str, bool, int, int]]:
     return rows
 
 
-def status(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return int(next(line for line in file if line.startswith(field)).split()[1]) * 1024
-
-
 def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
     """Of this process: its size before, the predicted peak, the measured one."""
     torch.set_num_threads(1)
     found, wanted = config(PEAKS, family), setting(name, WIDE_TOKENS, checkpointing)
     tiny = copy.deepcopy(found)
-    small, _ = real(tracing.shallow(tiny, dict.fromkeys(tracing.depths(tiny), 2)), wanted)
+    small, _ = real(depths.shallow(tiny, dict.fromkeys(depths.depths(tiny), 2)), wanted)
     ids = torch.ones(1, 8, dtype=torch.long)
     tracing.loss_of(small, {"input_ids": ids, "attention_mask": ids}).backward()  # so that all code is loaded
     torch.optim.AdamW([p for p in small.parameters() if p.requires_grad]).step()
@@ -116,14 +112,13 @@ def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
     before = resident()
     said = planned.peak.expected - planned.memory["overhead"].expected + before
     model, batch = real(found, wanted)
-    with open("/proc/self/clear_refs", "w") as peak:  # before it is packed, the model is there in whole
-        peak.write("5")
+    forget_peak()  # before it is packed, the model is there in whole
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
         tracing.loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"before": before, "predicted": said, "measured": status("VmHWM")}
+    return {"before": before, "predicted": said, "measured": status()}
 
 
 def peaks() -> list[tuple[str, str, bool, dict[str, float], dict[str, float]]]:

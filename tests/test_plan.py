@@ -15,7 +15,7 @@ from veneer.errors import PlanError
 from veneer.plan import calibrating, chart, constants, devices, fitting, lines, tracing
 from veneer.plan.devices import GIB
 from veneer.plan.plan import Interval, plan
-from veneer.seams import loading
+from veneer.seams import depths, loading
 
 FAMILIES = ("llama", "gpt2", "bert", "t5", "gemma3", "mixtral")
 LAYERS = {"gemma3": 9}
@@ -84,7 +84,7 @@ def test_a_loss_in_chunks_saves_what_it_really_saves():
 
 
 def test_depths_keep_the_pattern_of_blocks():
-    stack = tracing.depths(config("gemma3"))[0]
+    stack = depths.depths(config("gemma3"))[0]
     assert (stack.layers, stack.few, stack.more) == (9, 3, 5)
 
 
@@ -92,7 +92,7 @@ def test_a_model_as_deep_as_it_is_built_counts_as_it_is():
     """From the counts at two depths follow those of all others: of a model that is built whole, too."""
     found, wanted = config("llama"), setting("lora")
     total, _ = tracing.counts(found, wanted)
-    whole = tracing._counted(found, {stack: stack.layers for stack in tracing.depths(found)}, wanted)
+    whole = tracing._counted(found, {stack: stack.layers for stack in depths.depths(found)}, wanted)
     for key in (
         "total",
         "weights",

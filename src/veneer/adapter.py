@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer import checkpoints, formats, places, site
+from veneer import checkpoints, formats, places, sharding, site
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -166,10 +166,8 @@ def _refuse_overlaps(claims: Sequence[Claim], stacked: Sequence[tuple[Method, ..
 
 
 def _refuse_sharded(model: nn.Module) -> None:
-    from torch.distributed.tensor import DTensor
-
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
+        if sharding.shared_out(parameter):
             raise PlaceError(
                 f"{name} is already sharded, and an adapter attached now would not be synchronised. Attach first, then "
                 "call fully_shard."

@@ -164,16 +164,14 @@ class Adapter:
         pattern = rf"(.*\.)?({'|'.join(map(re.escape, self.also_train))})\..*"
         head = [one.delta for one in self.claims if self.also_train and re.fullmatch(pattern, one.place.path)]
         own = {id(p) for delta in head for p in delta.parameters()}
-        rates = {id(p): lr for p in self.parameters()}
-        if lora_plus_ratio is not None:
-            rates |= dict.fromkeys(fast, lr * lora_plus_ratio)
-        if head_lr is not None:
-            rates |= dict.fromkeys(own, head_lr)
-        order = dict.fromkeys(
-            [lr, *([lr * lora_plus_ratio] if lora_plus_ratio else []), *([head_lr] if head_lr else [])]
-        )
-        groups = [{"params": [p for p in self.parameters() if rates[id(p)] == rate], "lr": rate} for rate in order]
-        return [group for group in groups if group["params"]]
+        faster = None if lora_plus_ratio is None else lr * lora_plus_ratio
+        groups: dict[float, list[nn.Parameter]] = {rate: [] for rate in (lr, faster, head_lr) if rate is not None}
+        for parameter in self.parameters():
+            if head_lr is not None and id(parameter) in own:
+                groups[head_lr].append(parameter)
+            else:
+                groups[lr if faster is None or id(parameter) not in fast else faster].append(parameter)
+        return [{"params": found, "lr": rate} for rate, found in groups.items() if found]
 
     def summary(self) -> str:
         """A few lines for people: methods and places, what is trained, what is frozen, what acts now."""

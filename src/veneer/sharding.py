@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of one that is shared out."""
-    if not _shared_out(tensor):
+    if not shared_out(tensor):
         return tensor
     full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
     return full
@@ -22,7 +22,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor, shared out as `other` is."""
-    if not _shared_out(other):
+    if not shared_out(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -36,13 +36,13 @@ def gather(modules: Iterable[nn.Module]) -> None:
     found: dict[nn.Parameter, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
-            if parameter is not None and _shared_out(parameter):
+            if parameter is not None and shared_out(parameter):
                 if parameter not in found:
                     found[parameter] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
                 module._parameters[name] = found[parameter]
 
 
-def _shared_out(tensor: Tensor) -> bool:
+def shared_out(tensor: Tensor) -> bool:
     """Whether it is a DTensor, without importing what makes them where nothing else has."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)

@@ -1,11 +1,15 @@
-"""The command line: parse, call a verb, print. Exit code 0: done; 2: a mistake to mend, said in one sentence."""
+"""The command line: parse, call a verb, print.
+
+Exit code 0: done; 2: a mistake to mend, said in one sentence; 130: stopped by a signal, after saving.
+"""
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
-from veneer.errors import VeneerError
+from veneer.errors import Stopped, VeneerError
 
 
 def main() -> None:
@@ -18,4 +22,4 @@ def main() -> None:
         app()
     except VeneerError as error:
         print(f"veneer: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(128 + signal.SIGINT if isinstance(error, Stopped) else 2)

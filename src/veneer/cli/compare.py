@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +10,6 @@ import typer
 from rich.console import Console
 
 from veneer.cli.commands import Json, app
-from veneer.errors import Stopped
 
 
 @app.command()
@@ -65,23 +62,19 @@ def compare(
     from veneer.train import shipped
 
     console = Console(stderr=True, highlight=False)
-    try:
-        comparison = run(
-            recipes.load(shipped.find(recipe), overrides or []),
-            [name for name in methods.split(",") if name.strip()],
-            output,
-            seeds=seeds,
-            budget=Budget.read(budget) if budget else None,
-            search=Search.read(*search) if search else None,
-            sweep=sweeps(sweep or []),
-            rates=learning_rates(rates),
-            base=base,
-            text=None if text is None else str(text),
-            console=console,
-        )
-    except Stopped as stopped:
-        print(f"veneer: {stopped}", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
+    comparison = run(
+        recipes.load(shipped.find(recipe), overrides or []),
+        [name for name in methods.split(",") if name.strip()],
+        output,
+        seeds=seeds,
+        budget=Budget.read(budget) if budget else None,
+        search=Search.read(*search) if search else None,
+        sweep=sweeps(sweep or []),
+        rates=learning_rates(rates),
+        base=base,
+        text=None if text is None else str(text),
+        console=console,
+    )
     found = summary.write(comparison)
     if json:
         print(json_text.dumps(found))

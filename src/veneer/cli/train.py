@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from veneer.cli.commands import Json, app
-from veneer.errors import FileError, Stopped
+from veneer.errors import FileError
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options on top of the recipe: training.steps=100", metavar="[KEY=VALUE]...")
@@ -38,13 +37,7 @@ def train(
     from veneer.train.processes import processes
     from veneer.train.run import train as run
 
-    try:
-        result = run(
-            shipped.find(recipe), overrides or [], resume=resume, console=Console(stderr=True, highlight=False)
-        )
-    except Stopped as stopped:
-        print(f"veneer: {stopped}", file=sys.stderr)
-        raise typer.Exit(128 + signal.SIGINT) from None
+    result = run(shipped.find(recipe), overrides or [], resume=resume, console=Console(stderr=True, highlight=False))
     if not processes().is_main_process:
         return
     if json:

@@ -90,12 +90,11 @@ def within_training(prepared: Prepared) -> Prepared:
 def _settled(recipe: Recipe, prepared: Prepared, told: dict[str, Any]) -> Recipe:
     """The recipe with its steps: those of the budget, and of these the share that the cell does."""
     training = recipe.training
-    per_epoch = math.ceil(len(prepared.train) / training.batch_size)
     if tokens := told["budget"].get("tokens"):
         lengths = prepared.train["length"]
         steps = round(tokens / (sum(lengths) / len(lengths) * training.batch_size))
     else:
-        steps = training.steps or math.ceil((training.epochs or 3.0) * per_epoch)
+        steps = training.steps or training.steps_over(len(prepared.train))
     steps = max(1, math.ceil(steps * told["share"]))
     every = recipe.evaluation.every or max(1, steps // 5)
     return recipe.model_copy(

@@ -152,12 +152,12 @@ def _rank(choice: Choice, quality_first: bool, tasks: int) -> tuple[float, ...]:
 
 
 def _seconds(figures: Cost, candidate: Candidate, where: Device) -> float | None:
-    """The longer of arithmetic and of reading and writing: weights for each pass, made dense where they are packed."""
+    """Of arithmetic, and of reading and writing: weights for each pass, made dense where they are packed."""
     rate, bandwidth = where.rate("bfloat16"), where.bandwidth
     if rate is None or bandwidth is None:
         return None
     moved = 3 * figures.weights + (3 * 2 * 2 * figures.total if candidate.four_bits else 0)
-    return max(figures.flops / rate, 0.0) + moved / bandwidth
+    return figures.flops / rate + moved / bandwidth
 
 
 def _reasons(

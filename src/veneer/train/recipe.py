@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -33,6 +34,8 @@ from veneer.train.metrics import WRITTEN, Metric
 from veneer.train.mistakes import said, there
 
 Count = Annotated[int, Field(ge=1)]
+EPOCHS = 3.0
+"""Where a recipe names neither epochs nor steps."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ORDER = ("model", "method", "data", "training", "evaluation", "output", "record")
 
@@ -112,6 +115,10 @@ class Training(Section):
                 "step is made of whole micro-batches"
             )
         return self
+
+    def steps_over(self, rows: int) -> int:
+        """The optimizer steps of its epochs over so many rows; the last one of an epoch may be shorter."""
+        return math.ceil((self.epochs or EPOCHS) * math.ceil(rows / self.batch_size))
 
 
 class Evaluation(Section):

@@ -20,11 +20,10 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerState, set_seed
 
 import veneer
-from veneer import sharding
+from veneer import sharding, site
 from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
 from veneer.samples.quiet import quiet
-from veneer.site import Site
 from veneer.train import checkpoint, method_sections, models, tasks
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
@@ -37,7 +36,7 @@ from veneer.train.measure import measure
 from veneer.train.order import Order
 from veneer.train.processes import processes, share_out
 from veneer.train.progress import History, Watch
-from veneer.train.recipe import Recipe, Record
+from veneer.train.recipe import EPOCHS, Recipe, Record
 from veneer.train.refusing import refuse, refuse_metrics, refuse_used
 from veneer.train.scores import Written, score
 from veneer.train.trainer import Collate, Numbered, RecipeTrainer
@@ -143,11 +142,7 @@ class _Run:
         self.retries: list[dict[str, Any]] = []
         self.started = time.perf_counter()
         training = recipe.training
-        if training.steps is not None:
-            self.steps = training.steps
-        else:
-            epochs = 3.0 if training.epochs is None else training.epochs
-            self.steps = math.ceil(epochs * math.ceil(len(prepared.train) / training.batch_size))
+        self.steps = training.steps or training.steps_over(len(prepared.train))
         self.resolved = self._resolved()
 
     def _resolved(self) -> Recipe:
@@ -158,7 +153,7 @@ class _Run:
             "checkpoint_every": recipe.training.checkpoint_every or tenth,
         }
         if recipe.training.epochs is None and recipe.training.steps is None:
-            training["epochs"] = 3.0
+            training["epochs"] = EPOCHS
         measured = self.prepared.held_out is not None
         evaluation: dict[str, Any] = {"every": recipe.evaluation.every or tenth} if measured else {}
         record = Record(
@@ -371,8 +366,7 @@ class _Run:
         }
 
     def _save(self, adapter: veneer.Adapter, trainer: RecipeTrainer, report: dict[str, Any]) -> None:
-        sites = (module for module in adapter.model.modules() if isinstance(module, Site))
-        sharding.gather(part for one in list(sites) for part in one.modules())
+        sharding.gather(part for _, here in list(site.sites(adapter.model)) for part in here.modules())
         if not processes().is_main_process:
             return
 

@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from veneer import sharding
 from veneer.errors import Diverged
+from veneer.store import packed
 from veneer.train import checkpoint
 from veneer.train.frozen import FrozenBlocks
 from veneer.train.order import Order
@@ -173,8 +174,7 @@ class RecipeTrainer(Trainer):
         frozen = set(model._keys_to_ignore_on_save)
         kept = {key: sharding.whole(tensor.detach()) for key, tensor in state.items() if key not in frozen}
         if self.args.should_save:
-            kept = {key: tensor.cpu().clone() for key, tensor in kept.items()}
-            safetensors.torch.save_file(kept, Path(output_dir or self.folder) / WEIGHTS, metadata={"format": "pt"})
+            (Path(output_dir or self.folder) / WEIGHTS).write_bytes(packed(kept))
 
 
 def _beside(parameter: Tensor, kept: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from veneer import Adapter, files
 from veneer.errors import Diverged, RunError
+from veneer.store import packed
 from veneer.train.data.extras import extra
 from veneer.train.processes import largest, processes
 
@@ -72,9 +73,9 @@ class Best(TrainerCallback):
         if state.best_metric is None or loss < state.best_metric:
             state.best_metric, state.best_global_step = loss, state.global_step
             if self.file is not None:
-                tensors = {key: tensor.cpu().contiguous() for key, tensor in self.adapter.state_dict().items()}
+                tensors = self.adapter.state_dict()
                 if state.is_world_process_zero:
-                    files.write(self.file.parent, {self.file.name: safetensors.torch.save(tensors)})
+                    files.write(self.file.parent, {self.file.name: packed(tensors)})
         elif self.lost(state):
             control.should_training_stop = True
 
