@@ -119,6 +119,8 @@ from veneer.starts import (
 from veneer.store import (
     load,
     save,
+)
+from veneer.swapping import (
     swap,
 )
 

@@ -105,7 +105,7 @@ def refusals(folder: str | Path, server: Server) -> list[Finding]:
         if "peft_type" in config:
             return findings(config, files.read_tensors(path / store.PEFT_TENSORS), server)
     elif not (path / store.RECIPE).exists():
-        raise FileError(f"{path} holds no adapter: neither {store.RECIPE} nor {store.PEFT_CONFIG} is there.")
+        raise store.no_adapter(path)
     return findings(None, {}, server)
 
 

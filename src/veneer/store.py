@@ -1,8 +1,7 @@
-"""save, load and swap: one adapter, one folder. `docs/format.md` specifies what lies in it."""
+"""save and load: one adapter, one folder. `docs/format.md` specifies what lies in it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,19 +9,17 @@ from typing import Any
 
 import pydantic
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 import veneer
 from veneer import adapter as verbs
 from veneer import files, methods, places
-from veneer.delta import Delta, Method, Place
+from veneer.delta import Method, Place
 from veneer.errors import AdapterError, CorruptFile, FileError, MethodError, NoSuchPlace, WrongModel, closest, listed
-from veneer.handle import Adapter, Claim, handle, runs, state_of
+from veneer.handle import Adapter, Claim, runs
 from veneer.interop import adapterhub, peft
 from veneer.interop.peft.common import Entry, NotInPEFT, fill
 from veneer.references import OWN_TENSORS, Reference, put_back, take_out
-from veneer.refilling import Refill
 from veneer.seams import transformers
 
 RECIPE = "veneer.json"
@@ -159,94 +156,12 @@ def load(model: nn.Module, folder: str | Path, *, name: str = "default", revisio
         return _load_adapterhub(model, path, name)
     if (path / PEFT_CONFIG).exists():
         return _load_peft(model, path, name)
-    raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
+    raise no_adapter(path)
 
 
-def swap(model: nn.Module, adapter: Adapter | str, folder: str | Path, *, revision: str | None = None) -> Adapter:
-    """Put the numbers of the adapter in a folder, or of a Hub id, in the place of those of an attached one.
-
-    The two must have the same methods, options and places, as adapters of one recipe have. Nothing is attached, so it
-    takes milliseconds, compiled code goes on to run, and an optimizer keeps its parameters. Keys, shapes and numbers
-    are checked before anything is changed, the file's checksum is not: that alone would take longer.
-
-    Raises AdapterError where the two differ, or the attached one is merged; otherwise as `load` does.
-    """
-    adapter = handle(model, adapter)
-    if adapter.name in state_of(model).routes.merged:
-        raise AdapterError(f"Adapter '{adapter.name}' is merged into the weights. Call veneer.unmerge first.")
-    path = located(folder, revision)
-    described, name = _described_by(path)
-    if adapter.refill is not None and adapter.refill.take(described, path / name):
-        return adapter
-    tensors, base = _same(adapter, path, name)
-    in_peft = name == PEFT_TENSORS
-    try:
-        expected = peft.to_tensors(adapter.claims) if in_peft else _own_tensors(adapter.claims)
-    except NotInPEFT as error:
-        raise CorruptFile(f"{path / RECIPE} does not belong to {name}: {error}.") from None
-    _compare(expected, tensors, path / name, base)
-    for key, tensor in expected.items():
-        if torch.promote_types(tensor.dtype, tensors[key].dtype) != tensor.dtype:
-            raise AdapterError(
-                f"{path / name}: {key} is {tensors[key].dtype}, which {tensor.dtype} cannot hold. Load the folder."
-            )
-    checked = any(type(claim.delta).verify is not Delta.verify for claim in adapter.claims)
-    before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()} if checked else {}
-    if in_peft:
-        peft.from_tensors(adapter.claims, tensors)
-    else:
-        _fill_own(adapter.claims, tensors)
-    try:
-        _verify(adapter.claims, path / name)
-    except CorruptFile:
-        adapter.load_state_dict(before)
-        raise
-    owners = [tensor for _, tensor in adapter.named_tensors()]
-    shared = {tensor.data_ptr() for tensor in expected.values()} == {owner.data_ptr() for owner in owners}
-    alike = all(tensor.dtype == tensors[key].dtype for key, tensor in expected.items())
-    if shared and alike and not checked:
-        adapter.refill = Refill(described, expected, owners, path / name)
-    return adapter
-
-
-def _described_by(path: Path) -> tuple[bytes, str]:
-    """What a folder says of its adapter, without the checksum, and the file that its tensors are in."""
-    if (path / RECIPE).exists():
-        content = (path / RECIPE).read_bytes()
-        name = OWN_TENSORS if f'"{OWN_TENSORS}"'.encode() in content else PEFT_TENSORS
-        return re.sub(rb'"sha256": "[0-9a-f]{64}"', b"", content), name
-    if (path / PEFT_CONFIG).exists():
-        return (path / PEFT_CONFIG).read_bytes(), PEFT_TENSORS
-    raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
-
-
-def _same(adapter: Adapter, path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a folder and the base they are for; AdapterError where they are not of the adapter's recipe."""
-    tensors = files.read_tensors(path / name)
-    if (path / RECIPE).exists():
-        recipe = read_recipe(path)
-        if recipe.parts:
-            raise AdapterError(f"{path} is a fusion whose parts lie elsewhere. Load it instead.")
-        _same_claims(adapter, [_entry(claim, path) for claim in recipe.claims], path)
-        return tensors, recipe.base
-    config = files.read_json(path / PEFT_CONFIG)
-    tensors = peft.without_copies(tensors, config)
-    entries = peft.from_config(adapter.model, config, set(tensors), str(path / PEFT_CONFIG))
-    _same_claims(adapter, entries, path)
-    return tensors, {"name_or_path": str(config.get("base_model_name_or_path") or "")}
-
-
-def _same_claims(adapter: Adapter, entries: Sequence[Entry], path: Path) -> None:
-    if any(claim.delta.waits for claim in adapter.claims) or adapter.folded() is not adapter:
-        raise AdapterError(f"{adapter!r} holds more than is saved of it. Load the folder under another name instead.")
-    own = [
-        (run[0].method, {(place.path, place.spans) for claim in run for place in (claim.place, *claim.place.tied)})
-        for run in runs(adapter.claims)
-    ]
-    theirs = [(entry.method, set(entry.places)) for entry in entries]
-    if own != theirs:
-        methods = ", ".join(str(method) for method, _ in theirs)
-        raise AdapterError(f"{path} holds {methods}, at other places or with other options than {adapter!r}. Load it.")
+def no_adapter(path: Path) -> FileError:
+    """What to raise of a folder that is none of an adapter."""
+    return FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
 
 
 def located(folder: str | Path, revision: str | None) -> Path:
@@ -280,21 +195,14 @@ def _load_own(model: nn.Module, path: Path, name: str) -> Adapter:
     recipe = read_recipe(path)
     tensors = files.read_tensors(path / recipe.tensors.file)  # a damaged file is named as such before its checksum
     _check_sum(path, recipe)
-    entries = [_entry(claim, path) for claim in recipe.claims]
+    entries = [entry_of(claim, path) for claim in recipe.claims]
     claims = _claims(model, entries, path, recipe.base)
-    in_peft = recipe.tensors.file == PEFT_TENSORS
-    try:
-        expected = peft.to_tensors(claims) if in_peft else _own_tensors(claims)
-    except NotInPEFT as error:
-        raise CorruptFile(f"{path / RECIPE} does not belong to {recipe.tensors.file}: {error}.") from None
+    expected = expected_in(recipe.tensors.file, claims, path)
     if recipe.parts:
         tensors |= put_back(expected, {part: (one, _near(path, one.folder)) for part, one in recipe.parts.items()})
-    _compare(expected, tensors, path / recipe.tensors.file, recipe.base)
-    if in_peft:
-        peft.from_tensors(claims, tensors)
-    else:
-        _fill_own(claims, tensors)
-    _verify(claims, path / recipe.tensors.file)
+    compare(expected, tensors, path / recipe.tensors.file, recipe.base)
+    fill_from(recipe.tensors.file, claims, tensors)
+    verify(claims, path / recipe.tensors.file)
     return verbs.install(model, name, claims, recipe.also_train)
 
 
@@ -302,24 +210,24 @@ def _load_peft(model: nn.Module, path: Path, name: str) -> Adapter:
     config = files.read_json(path / PEFT_CONFIG)
     tensors = peft.without_copies(files.read_tensors(path / PEFT_TENSORS), config)
     entries = peft.from_config(model, config, set(tensors), str(path / PEFT_CONFIG))
-    base = {"name_or_path": str(config.get("base_model_name_or_path") or "")}
+    base = peft_base(config)
     claims = _claims(model, entries, path, base)
     try:
         expected = peft.to_tensors(claims)
     except NotInPEFT as error:
         raise CorruptFile(f"{path / PEFT_TENSORS}: some tensors are missing: {error}.") from None
-    _compare(expected, tensors, path / PEFT_TENSORS, base)
-    peft.from_tensors(claims, tensors)
-    _verify(claims, path / PEFT_TENSORS)
+    compare(expected, tensors, path / PEFT_TENSORS, base)
+    fill_from(PEFT_TENSORS, claims, tensors)
+    verify(claims, path / PEFT_TENSORS)
     return verbs.install(model, name, claims, [str(module) for module in config.get("modules_to_save") or []])
 
 
 def _load_adapterhub(model: nn.Module, path: Path, name: str) -> Adapter:
     found = adapterhub.read(model, path)
     claims = _claims(model, found.entries, path, found.base)
-    _compare(_own_tensors(claims), found.tensors, found.file, found.base)
-    _fill_own(claims, found.tensors)
-    _verify(claims, found.file)
+    compare(expected_in(OWN_TENSORS, claims, path), found.tensors, found.file, found.base)
+    fill_from(OWN_TENSORS, claims, found.tensors)
+    verify(claims, found.file)
     return verbs.install(model, name, claims)
 
 
@@ -354,7 +262,8 @@ def _check_sum(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _entry(claim: _Claim, path: Path) -> Entry:
+def entry_of(claim: _Claim, path: Path) -> Entry:
+    """A claim of a recipe as a method at places."""
     built = _method(claim.method, claim.options, path)
     named = [(place.path, None if place.spans is None else tuple(place.spans)) for place in claim.places]
     named += [(path, None) for place in claim.places for path in place.tied]
@@ -406,16 +315,27 @@ def _described(base: dict[str, str]) -> str:
     return " ".join(part for part in (base.get("class", "a model"), base.get("name_or_path", "")) if part)
 
 
-def _own_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
-    return dict(Adapter("", nn.Module(), claims).named_tensors())
+def expected_in(name: str, claims: Sequence[Claim], path: Path) -> dict[str, Tensor]:
+    """By key what a folder's file of this name must hold for these claims; shares memory with them."""
+    if name != PEFT_TENSORS:
+        return dict(Adapter("", nn.Module(), claims).named_tensors())
+    try:
+        return peft.to_tensors(claims)
+    except NotInPEFT as error:
+        raise CorruptFile(f"{path / RECIPE} does not belong to {name}: {error}.") from None
 
 
-def _fill_own(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
+def fill_from(name: str, claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
+    """Copy the tensors of a file of this name into the claims."""
+    if name == PEFT_TENSORS:
+        peft.from_tensors(claims, tensors)
+        return
     for key, tensor in Adapter("", nn.Module(), claims).named_tensors():
         fill(tensor, tensors[key])
 
 
-def _verify(claims: Sequence[Claim], file: Path) -> None:
+def verify(claims: Sequence[Claim], file: Path) -> None:
+    """CorruptFile where numbers that were filled in are none that a method can have."""
     for claim in claims:
         try:
             claim.delta.verify()
@@ -423,7 +343,8 @@ def _verify(claims: Sequence[Claim], file: Path) -> None:
             raise CorruptFile(f"{file}: {claim.place.path} {error}") from None
 
 
-def _compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:
+def compare(expected: dict[str, Tensor], found: dict[str, Tensor], file: Path, base: dict[str, str]) -> None:
+    """CorruptFile or WrongModel where keys, kinds or shapes are not those that are expected."""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or extra:
         parts = [f"{listed(missing)} missing"] if missing else []
@@ -448,12 +369,16 @@ _AUTO = {
 }
 
 
+def peft_base(config: Mapping[str, Any]) -> dict[str, str]:
+    """The name of the base that PEFT's config has, or AdapterHub's."""
+    return {"name_or_path": str(config.get("base_model_name_or_path") or config.get("model_name") or "")}
+
+
 def base_of(path: Path) -> dict[str, str]:
     """What a folder says of the model it was made on: `class` and `name_or_path`, where it says so."""
     if (path / RECIPE).exists():
         return read_recipe(path).base
     if not (path / PEFT_CONFIG).exists():
-        raise FileError(f"{path} holds no adapter: neither {RECIPE} nor {PEFT_CONFIG} is there.")
+        raise no_adapter(path)
     config = files.read_json(path / PEFT_CONFIG)
-    name = str(config.get("base_model_name_or_path") or config.get("model_name") or "")
-    return {"class": _AUTO.get(str(config.get("task_type")), ""), "name_or_path": name}
+    return {"class": _AUTO.get(str(config.get("task_type")), ""), **peft_base(config)}
