@@ -4,22 +4,14 @@ import json
 
 import pytest
 import small_run
+from command import run
 
-from veneer import cli
 from veneer.train import using
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     return small_run.make(tmp_path_factory.mktemp("small"))
-
-
-def run(monkeypatch, capsys, *words):
-    monkeypatch.setattr("sys.argv", ["veneer", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return caught.value.code or 0, out, err
 
 
 def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):

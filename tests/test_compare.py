@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import small_run
+from command import run as command
 from scipy import stats
 
 from veneer import cli
@@ -326,14 +327,6 @@ def test_the_frontier_holds_what_no_other_beats():
 
 
 # --- mistakes
-
-
-def command(monkeypatch, capsys, *words):
-    monkeypatch.setattr("sys.argv", ["veneer", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return caught.value.code or 0, out, err
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from command import run
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import FAMILIES, logits, perturb, text
 from transformers import AutoModelForCausalLM
 
 import veneer
-from veneer import cli, errors
+from veneer import errors
 from veneer.interop.servers import RANKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -156,14 +157,6 @@ def saved(base, tmp_path):
     perturb(adapter, 0.05)
     with torch.no_grad():
         return veneer.save(adapter, tmp_path / "dora"), logits(model.eval(), text())
-
-
-def run(monkeypatch, capsys, *words):
-    monkeypatch.setattr("sys.argv", ["veneer", *map(str, words)])
-    with pytest.raises(SystemExit) as caught:
-        cli.main()
-    out, err = capsys.readouterr()
-    return caught.value.code or 0, out, err
 
 
 def test_the_command_checks_writes_and_merges(saved, tmp_path, monkeypatch, capsys):

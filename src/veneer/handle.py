@@ -18,7 +18,7 @@ from veneer.delta import PASSING, Delta, Method, Place
 from veneer.errors import AdapterError, MethodError, UnknownAdapter, closest, listed
 from veneer.originals import Original
 from veneer.refilling import Refill
-from veneer.site import Routes
+from veneer.routes import Routes
 
 STATE = "_veneer"
 

@@ -26,6 +26,7 @@ from veneer.delta import Place, Source, Span, Unit
 from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, listed
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
+from veneer.routes import Routes
 from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
 
 ROLES = (
@@ -346,7 +347,7 @@ def layers(model: nn.Module, places: Iterable[Place]) -> dict[str, int]:
 
 def check_name(model: nn.Module, name: str, taken: list[str]) -> None:
     """Raise PlaceError where an adapter of this name cannot be attached."""
-    if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", site.Routes())):
+    if not name.replace("-", "_").isidentifier() or name in dir(site.Site("", Routes())):
         raise PlaceError(
             f"An adapter cannot be named '{name}'. Use letters, digits, '_' and '-', starting with a letter, and no "
             "word that modules use for themselves."

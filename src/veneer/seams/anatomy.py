@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from veneer import site
 from veneer.errors import UnreadableModel
+from veneer.routes import Routes
 from veneer.seams import ends, packed, probe, residuals, roles
 from veneer.seams.ends import Ends
 from veneer.seams.graph import Graph
@@ -169,7 +170,7 @@ def _without_cache(model: Any) -> dict[str, bool]:
 @contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Within, the base runs alone: what an adapter adds is no part of the model's anatomy."""
-    routes = next((here.routes for _, here in site.sites(model)), site.Routes())
+    routes = next((here.routes for _, here in site.sites(model)), Routes())
     before = routes.active, routes.rows, routes.mix
     routes.active, routes.rows, routes.mix = (), None, None
     try:
