@@ -40,8 +40,7 @@ def card(folder: Path, name: str, source: Path | None) -> str:
         peft = (folder / store.PEFT_TENSORS).exists()
         library = "peft" if peft else "adapters"
         described = folder / (store.PEFT_CONFIG if (folder / store.PEFT_CONFIG).exists() else adapterhub.FUSION_CONFIG)
-        content = files.read_json(described)
-        base = str(content.get("base_model_name_or_path") or content.get("model_name") or "")
+        base = store.peft_base(files.read_json(described))["name_or_path"]
         use = f'veneer.load(model, "{name}")'
     lines = ["---", f"library_name: {library}", "tags: [veneer]"]
     if base and not Path(base).exists():  # a folder of this machine says nothing to others

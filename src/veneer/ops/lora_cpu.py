@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from veneer.ops import extensions
 
 FEW = 8
 """Tokens up to which calling torch's products takes longer than what they compute."""
@@ -22,10 +23,9 @@ _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    spec = find_spec("veneer.ops._lora_cpu")  # not a module: where an extension lies is where setuptools put it
-    if spec is None or spec.origin is None:
+    library = extensions.library("_lora_cpu")
+    if library is None:
         return None
-    library = ctypes.CDLL(spec.origin)
     library.veneer_drop.restype = None
     library.veneer_drop.argtypes = (
         *(_POINTER, _POINTER, _INTEGER),
@@ -47,7 +47,7 @@ def _beside() -> Any:
 
 def missing() -> str | None:
     """Why there is none of this; None where there is."""
-    return None if _library() else "it was not built: reinstall Veneer where there is a C compiler"
+    return None if _library() else extensions.NOT_BUILT
 
 
 def fits(x: Tensor) -> bool:

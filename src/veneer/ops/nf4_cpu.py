@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from veneer.ops import nf4
+from veneer.ops import extensions, nf4
 from veneer.ops.nf4 import Packed
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -32,10 +31,9 @@ class _Task(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    spec = find_spec("veneer.ops._nf4_cpu")  # not a module: where an extension lies is where setuptools put it
-    if spec is None or spec.origin is None:
+    library = extensions.library("_nf4_cpu")
+    if library is None:
         return None
-    library = ctypes.CDLL(spec.origin)
     library.veneer_nf4_dequantize.restype = library.veneer_nf4_quantize.restype = None
     return library
 
@@ -44,7 +42,7 @@ def missing(device_type: str) -> str | None:
     """Why this cannot run on such a device; None where it can."""
     if device_type != "cpu":
         return "it is for a CPU"
-    return None if _library() else "it was not built: reinstall Veneer where there is a C compiler"
+    return None if _library() else extensions.NOT_BUILT
 
 
 def vectors() -> int:

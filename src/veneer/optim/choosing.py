@@ -84,3 +84,5 @@ _BUILDERS: dict[str, Callable[[Adapter], Any]] = {
     "paged-bitsandbytes": _paged_bitsandbytes,
     "adamw-8bit": lambda adapter: _bitsandbytes("adamw-8bit").AdamW8bit,
 }
+NAMES = tuple(_BUILDERS)
+"""What `optimizer` can be asked for."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from veneer import files
 from veneer.plan.devices import Device
 
 
@@ -32,16 +33,17 @@ def stored_in() -> Path:
 
 def constants(device: Device) -> Constants:
     """Those of a device: as they were measured there, or the assumed ones."""
-    path = stored_in()
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    found = _measured()
     return Constants(**found[device.name]) if device.name in found else Constants()
 
 
 def keep(device: Device, measured: Constants) -> Path:
     """Store what was measured on a device, for every later plan."""
     path = stored_in()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    found[device.name] = asdict(measured)
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    files.write(path.parent, {path.name: files.to_json(_measured() | {device.name: asdict(measured)})})
     return path
+
+
+def _measured() -> dict[str, Any]:
+    path = stored_in()
+    return files.read_json(path) if path.exists() else {}

@@ -13,6 +13,8 @@ from torch import nn
 
 from veneer.errors import PlanError, closest
 from veneer.formats.nf4 import NF4Linear
+from veneer.merging import activations_dtype
+from veneer.optim.choosing import NAMES
 from veneer.plan import presets
 from veneer.plan.constants import Constants, constants
 from veneer.plan.devices import CUBLAS_WORKSPACE, CUDA_CONTEXT, GIB, MIB, Device
@@ -22,7 +24,6 @@ from veneer.quantizing import NF4
 from veneer.seams import loading, transformers
 
 PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "dequantization", "overhead")
-OPTIMIZERS = ("adamw", "flat", "paged", "paged-bitsandbytes", "adamw-8bit")
 WINDOW = 64 * MIB
 """Of `PagedAdamW`, on the device."""
 
@@ -202,7 +203,7 @@ def plan(
     """
     config = config_of(model)
     if isinstance(model, nn.Module):
-        dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+        dtype = dtype or activations_dtype(model)
         if quantization is None and any(isinstance(each, NF4Linear) for each in model.modules()):
             one = next(each for each in model.modules() if isinstance(each, NF4Linear))
             quantization = NF4(one.block_size, one.double_quant)
@@ -259,9 +260,9 @@ def config_of(model: Any) -> Any:
 
 def made(config: Any, setting: Setting, optimizer: str, device: Device | None, counted: Counts | None = None) -> Plan:
     """The plan of a setting, from its counts."""
-    if optimizer not in OPTIMIZERS:
-        near = closest(optimizer, OPTIMIZERS)
-        raise PlanError(f"There is no optimizer '{optimizer}'.{near} All: {', '.join(OPTIMIZERS)}.")
+    if optimizer not in NAMES:
+        near = closest(optimizer, NAMES)
+        raise PlanError(f"There is no optimizer '{optimizer}'.{near} All: {', '.join(NAMES)}.")
     counted, block = (counted, {}) if counted else counts(config, setting)
     phases = _phases(counted, setting, optimizer)
     memory = {part: _most(phases[name][part] for name in phases) for part in PARTS}

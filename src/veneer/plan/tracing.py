@@ -23,6 +23,7 @@ from veneer.errors import PlanError
 from veneer.formats.nf4 import NF4Linear
 from veneer.methods import PromptTuning
 from veneer.ops.loss import chunk_length, summed_cross_entropy
+from veneer.optim.choosing import PAGED_FROM
 from veneer.plan.devices import CUDA_ALLOCATOR, Allocator
 from veneer.plan.live import Live, cpu_attention, fused_attention, held, reserved
 from veneer.quantizing import NF4, quantize
@@ -138,7 +139,7 @@ def _count(config: Any, setting: Setting) -> Counts:
         found["gradients"] = sum(p.nbytes for p in trained)
         found["largest trained"] = max((p.nbytes for p in trained), default=0)
         found["small states"] = sum(_eight_bits(p) for p in trained)
-        found["unpaged states"] = sum(2 * p.nbytes for p in trained if p.numel() < 100_000)
+        found["unpaged states"] = sum(2 * p.nbytes for p in trained if p.numel() < PAGED_FROM)
         found |= _step(model, setting, trained)
     return found
 
