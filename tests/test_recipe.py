@@ -169,6 +169,29 @@ def test_a_recipe_written_out_reads_the_same():
     assert recipe.read(found.yaml()).methods() == found.methods()
 
 
+@pytest.mark.parametrize(
+    ("written", "trackers"),
+    [
+        ("none", []),
+        ("[none]", []),
+        ("[]", []),
+        ("wandb", ["wandb"]),
+        ("[mlflow, tensorboard]", ["mlflow", "tensorboard"]),
+    ],
+)
+def test_trackers_are_one_name_or_several_or_none(written, trackers):
+    found = recipe.read(SHORT, overrides=[f"training.trackers={written}"])
+    assert found.training.trackers == trackers
+    assert recipe.read(found.yaml()) == found
+
+
+def test_an_unknown_tracker_is_named_with_the_nearest_and_one_twice_is_refused():
+    [mistake] = mistakes(SHORT, ["training.trackers=[wandb, wandb]"])
+    assert "trackers wandb, wandb names one twice; keep one" in mistake
+    [mistake] = mistakes(SHORT, ["training.trackers=wnadb"])
+    assert mistake.endswith("Closest: wandb, swanlab.")
+
+
 def test_the_schema_is_published():
     assert json.loads(SCHEMA.read_text(encoding="utf-8")) == recipe.schema(), "run scripts/recipe_schema.py"
 

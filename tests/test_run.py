@@ -10,17 +10,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar, get_args
 
 import pytest
 import small_run
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.integrations import integration_utils
 
 import veneer
 from veneer.errors import Diverged, MissingSample, RecipeError, RunError, Stopped
-from veneer.train import checkpoint, models, run, using
+from veneer.train import checkpoint, models, run, trackers, using
 from veneer.train import recipe as recipes
 from veneer.train.data import Data, prepare
 from veneer.train.tasks import preference
@@ -387,7 +390,7 @@ ELSEWHERE = {
     "training.gradient_checkpointing": "test_options_that_change_no_weight_change_something_else",
     "training.checkpoint_every": "test_options_that_change_no_weight_change_something_else",
     "training.keep_checkpoints": "test_options_that_change_no_weight_change_something_else",
-    "training.trackers": "test_options_that_change_no_weight_change_something_else",
+    "training.trackers": "test_trackers_are_told_by_their_names",
     "evaluation.every": "test_a_run_leaves_what_it_says",
     "evaluation.patience": "test_patience_ends_a_run_and_best_keeps_its_best",
     "evaluation.keep": "test_patience_ends_a_run_and_best_keeps_its_best",
@@ -424,16 +427,62 @@ def test_options_that_change_no_weight_change_something_else(recipe, whole, tmp_
     monkeypatch.setattr(LlamaForCausalLM, "activation_checkpointing_enable", lambda self, *a, **k: asked.append(1))
     result = go(
         recipe, tmp_path / "out", "training.checkpoint_every=1", "training.keep_checkpoints=3",
-        "training.trackers=[tensorboard]", "training.gradient_checkpointing=true",
+        "training.gradient_checkpointing=true",
         "evaluation={every: 3, metrics: [chrf, exact_match], max_new_tokens: 3, limit: 2}",
     )  # fmt: skip
     assert asked
     assert checkpoint.steps(tmp_path / "out" / "checkpoints") == [4, 5, 6]
-    assert list((tmp_path / "out" / "tensorboard").glob("events*"))
     assert result.metrics.keys() == {"loss", "chrf", "exact_match"}
     assert len(result.report["examples"]) == 2
     assert all(len(example["answer"].encode()) <= 9 for example in result.report["examples"])
     assert same(whole, result)
+
+
+class Told(TrainerCallback):
+    """A tracker as transformers has them: made without arguments, by its name."""
+
+    runs: ClassVar[list] = []
+
+    def __init__(self):
+        self.logs = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.runs.append((args.run_name, self.logs))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def test_trackers_are_told_by_their_names(recipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(__spec__="found"))
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Told)
+    monkeypatch.setattr(Told, "runs", [])
+    go(recipe, tmp_path / "both", "training.trackers=[tensorboard, wandb]", "training.steps=2")
+    assert list((tmp_path / "both" / "tensorboard").glob("events*"))
+    [(name, logs)] = Told.runs
+    assert name == str(tmp_path / "both")
+    assert [{"loss", "learning_rate"} <= each.keys() for each in logs if "loss" in each] == [True, True]
+    assert any("eval_loss" in each for each in logs)
+    go(recipe, tmp_path / "one", "training.trackers=wandb", "training.steps=1")
+    go(recipe, tmp_path / "none", "training.trackers=none", "training.steps=1")
+    assert len(Told.runs) == 2
+    assert not list(tmp_path.glob("*ne/tensorboard"))
+
+
+def test_trackers_that_are_not_there_are_named_with_their_packages(recipe, tmp_path, monkeypatch):
+    for module in ("mlflow", "comet_ml"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RecipeError) as caught:
+        go(recipe, tmp_path / "out", "training.trackers=[mlflow, comet_ml]")
+    assert str(caught.value).splitlines() == [
+        "training.trackers: mlflow is not installed. Run: pip install mlflow",
+        "training.trackers: comet_ml is not installed. Run: pip install comet-ml",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_trackers_are_those_of_transformers():
+    assert {*get_args(trackers.Tracker), "kubeflow"} == integration_utils.INTEGRATION_TO_CALLBACK.keys()
 
 
 @pytest.mark.parametrize("quantization", ["bitsandbytes-4bit", "bitsandbytes-8bit"])

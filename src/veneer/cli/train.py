@@ -44,7 +44,8 @@ def train(
         print(json_text.dumps({"output": str(result.folder), **result.report}))
         return
     _table(result.before, result.metrics, ("base", "adapted"))
-    print(f"In {result.folder}: adapter/ with recipe.yaml, report.json, curve.png, tensorboard/ and checkpoints/")
+    board = "tensorboard/ " * ("tensorboard" in result.recipe.training.trackers)
+    print(f"In {result.folder}: adapter/ with recipe.yaml, report.json, curve.png, {board}and checkpoints/")
 
 
 @app.command()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 
-def arguments(**options: Any) -> TrainingArguments:
-    """TrainingArguments that log every step as it is, write to no tracker, and draw no bar of their own."""
+def arguments(*, report_to: Sequence[str] = (), **options: Any) -> TrainingArguments:
+    """TrainingArguments that log every step as it is, tell the trackers of `report_to`, and draw no bar."""
     gpu = torch.accelerator.is_available()
     return TrainingArguments(
         use_cpu=not gpu,
@@ -18,7 +19,7 @@ def arguments(**options: Any) -> TrainingArguments:
         include_num_input_tokens_seen="non_padding",
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to="none",  # a tracker of its own would choose another folder
+        report_to=list(report_to),
         disable_tqdm=True,
         **options,
     )

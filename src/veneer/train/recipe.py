@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import pydantic
 import yaml
@@ -32,6 +32,7 @@ from veneer.train.data import Data
 from veneer.train.method_sections import Section, method_options
 from veneer.train.metrics import WRITTEN, Metric
 from veneer.train.mistakes import said, there
+from veneer.train.trackers import OFF, Tracker
 
 Count = Annotated[int, Field(ge=1)]
 EPOCHS = 3.0
@@ -79,7 +80,8 @@ class Training(Section):
     checkpoint_every: optimizer steps between checkpoints; ten a run where nothing is named. keep_checkpoints: the last.
     parallel: how several processes (torchrun, accelerate launch) share a run: each holds the whole model ("ddp"), or a
     part of each layer ("fsdp", FSDP2).
-    trackers: who is told of loss and rate while it runs.
+    trackers: who is told of loss and rate while it runs, by the names of transformers' integrations, as [tensorboard,
+        wandb]; "none" is nobody.
     seed: chooses the start of the adapter, held-out rows, order and dropout.
     """
 
@@ -102,7 +104,7 @@ class Training(Section):
     checkpoint_every: Count | None = None
     keep_checkpoints: Count = 2
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    trackers: list[Literal["tensorboard"]] = Field(default=["tensorboard"])
+    trackers: list[Tracker] = Field(default=["tensorboard"])
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     @pydantic.model_validator(mode="after")
@@ -114,6 +116,8 @@ class Training(Section):
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}; an optimizer "
                 "step is made of whole micro-batches"
             )
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers {', '.join(self.trackers)} names one twice; keep one")
         return self
 
     def steps_over(self, rows: int) -> int:
@@ -213,6 +217,8 @@ def schema() -> dict[str, Any]:
     properties["method"] = {"anyOf": [{"enum": names}, properties["method"]]}
     texts = {"type": "array", "items": {"type": "string"}}
     properties["data"] = {"anyOf": [{"type": "string"}, texts, properties["data"]]}
+    training, told = found["$defs"]["Training"]["properties"], {"enum": [*get_args(Tracker), OFF]}
+    training["trackers"] = {"anyOf": [told, training["trackers"]]}
     found["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return found
 
@@ -260,6 +266,9 @@ def _lengthen(data: Any) -> None:
         data["method"] = method_sections.lengthened(data["method"])
     if isinstance(data.get("data"), str | list):
         data["data"] = {"path": data["data"]}
+    training = data.get("training")
+    if isinstance(training, dict) and isinstance(told := training.get("trackers"), str | list):
+        training["trackers"] = [] if told in (OFF, [OFF]) else [told] if isinstance(told, str) else told
 
 
 def _checked(recipe: Recipe, found: lines.Lined) -> Iterable[str]:

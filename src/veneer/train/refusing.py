@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from veneer.errors import RecipeError, RunError
-from veneer.train import checkpoint
+from veneer.train import checkpoint, trackers
 from veneer.train.metrics import WRITTEN
 from veneer.train.processes import processes
 from veneer.train.recipe import Recipe
@@ -14,6 +14,7 @@ from veneer.train.tasks import Task
 
 def refuse(recipe: Recipe, task: Task) -> None:
     """RecipeError for all that could not act with these data."""
+    trackers.refuse_missing(recipe.training.trackers)
     wrong = _idle(recipe, task)
     if task.name != "sequence_classification":  # labels may turn out to be numbers when all rows are read
         wrong += _idle_metrics(recipe, task)

@@ -24,7 +24,7 @@ from veneer import sharding, site
 from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
 from veneer.samples.quiet import quiet
-from veneer.train import checkpoint, method_sections, models, tasks
+from veneer.train import checkpoint, method_sections, models, tasks, trackers
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
@@ -40,7 +40,7 @@ from veneer.train.recipe import EPOCHS, Recipe, Record
 from veneer.train.refusing import refuse, refuse_metrics, refuse_used
 from veneer.train.scores import Written, score
 from veneer.train.trainer import Collate, Numbered, RecipeTrainer
-from veneer.train.watching import Best, Sanity, Signals, tensorboard
+from veneer.train.watching import Best, Sanity, Signals
 
 TENTH = 10
 """A run is measured and saved so often, where the recipe names no steps."""
@@ -314,6 +314,8 @@ class _Run:
                 eval_steps=recipe.evaluation.every,
                 save_strategy="steps",
                 save_steps=training.checkpoint_every or self.steps,
+                run_name=str(self.folder),
+                report_to=trackers.told_by_trainer(training.trackers),
             ),
             data_collator=Collate(prepared.collate),
             train_dataset=prepared.train if recipe.data.streaming else Numbered(prepared.train),
@@ -322,7 +324,7 @@ class _Run:
                 AdapterCallback(adapter),
                 self.signals,
                 watch,
-                *(tensorboard(self.folder / "tensorboard") for _ in training.trackers),
+                *trackers.tensorboard(training.trackers, self.folder / "tensorboard"),
             ],
             best=Best(adapter, best, recipe.evaluation.patience),
             frozen=frozen,

@@ -13,12 +13,10 @@ from typing import Any
 
 import safetensors.torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
 
 from veneer import Adapter, files
 from veneer.errors import Diverged, RunError
 from veneer.store import packed
-from veneer.train.data.extras import extra
 from veneer.train.processes import largest, processes
 
 WINDOW, TIMES, BEYOND = 20, 10.0, 10.0
@@ -125,11 +123,3 @@ class Signals(TrainerCallback):
         if number := largest(self.caught or 0):
             self.caught = signal.Signals(number)
             control.should_save = control.should_training_stop = True
-
-
-def tensorboard(folder: Path) -> TensorBoardCallback:
-    """Writes losses and rates for TensorBoard into this folder."""
-    extra("tensorboard")
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(str(folder)))
