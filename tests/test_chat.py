@@ -1,14 +1,6 @@
-"""The conversation in a terminal, and the progress of a training there, on a terminal that the test holds."""
-
-import os
-import pty
-import select
-import subprocess
-import sys
-import time
+"""A conversation with an adapted model, without a terminal: what is asked, answered, and left out."""
 
 import pytest
-import small_run
 from test_train import byte_tokenizer, tiny
 
 import veneer
@@ -84,63 +76,3 @@ def test_a_word_that_is_no_command_and_a_break(talker):
     said, chat = talk(talker, "/bse", "", KeyboardInterrupt())
     assert said[1].startswith("/bse is no command. /base answers")
     assert (said[-1], chat.turns) == ("\n", [])
-
-
-class Terminal:
-    """A program with a terminal of its own, whose words the test types and reads."""
-
-    def __init__(self, *words):
-        self.text = ""
-        self.ours, theirs = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "veneer", *map(str, words)],
-            stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
-        )  # fmt: skip
-        os.close(theirs)
-
-    def type(self, line):
-        self.text = ""
-        os.write(self.ours, f"{line}\n".encode())
-
-    def until(self, words, seconds=120):
-        """Read until the words are there."""
-        deadline = time.monotonic() + seconds
-        while words not in self.text:
-            if not select.select([self.ours], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise AssertionError(f"{words!r} never came; there is {self.text[-2000:]!r}")
-            try:
-                self.text += os.read(self.ours, 4096).decode(errors="replace")
-            except OSError as error:  # the program has ended
-                raise AssertionError(f"{words!r} never came; there is {self.text[-2000:]!r}") from error
-        return self.text
-
-    def end(self):
-        try:
-            while os.read(self.ours, 4096):
-                pass
-        except OSError:
-            pass
-        os.close(self.ours)
-        return self.process.wait(60)
-
-
-@pytest.mark.slow
-def test_a_training_shows_its_progress_and_the_adapter_talks_in_a_terminal(tmp_path):
-    recipe = small_run.make(tmp_path)
-    training = Terminal("train", recipe)
-    shown = training.until("adapter/ with recipe.yaml", 600)
-    assert training.end() == 0
-    assert "6/6" in shown
-    assert "loss" in shown
-    chat = Terminal("generate", tmp_path / "out" / "adapter", "--max-new-tokens", 8)
-    chat.until("/quit ends it.", 300)
-    chat.until("> ")
-    chat.type("thou 3")
-    chat.until("> ")
-    chat.type("/base")
-    chat.until("> ")
-    chat.type("/reset")
-    chat.until("The conversation is forgotten.")
-    chat.type("/quit")
-    assert chat.end() == 0

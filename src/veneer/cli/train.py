@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -89,6 +90,8 @@ def generate(
     from veneer.train import using
 
     if prompt is None and file is None and not json and sys.stdin.isatty():
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  # lets input() edit a line and take back those before
         using.chat(adapter, max_new_tokens, system, lambda: input("> "), lambda text: print(text, end="", flush=True))
         return
     if (prompt is None) == (file is None):

@@ -65,16 +65,13 @@ class Watch(TrainerCallback):
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(
-                "loss {task.fields[loss]:.3f}  {task.fields[memory]:.1f} GiB  "
-                "{task.fields[speed]:,.0f} tokens/s  time left"
-            ),
+            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             auto_refresh=False,  # drawn at each step, which needs no thread of its own
         )
-        self.task = self.bar.add_task("training", total=None, loss=float("nan"), speed=0.0, memory=0.0)
+        self.task = self.bar.add_task("training", total=None, figures="")
         self.started = 0.0
         self.first = (0, 0)
         self.paused = 0.0
@@ -121,13 +118,9 @@ class Watch(TrainerCallback):
 
     def _show(self, step: int, steps: int, loss: float) -> None:
         history, memory = self.history, peak_bytes(device()) / 2**30
+        figures = f"loss {loss:.3f}  {memory:.1f} GiB  {history.tokens_per_second:,.0f} tokens/s"
         if self.console.is_terminal:
-            self.bar.update(
-                self.task, completed=step, loss=loss, speed=history.tokens_per_second, memory=memory, refresh=True
-            )
+            self.bar.update(self.task, completed=step, figures=f"{figures}  time left", refresh=True)
         elif step % max(1, steps // LINES) == 0 or step == steps:
             left = history.seconds / (step - self.first[0]) * (steps - step)
-            self.console.print(
-                f"step {step}/{steps}  loss {loss:.3f}  {memory:.1f} GiB  "
-                f"{history.tokens_per_second:,.0f} tokens/s  {left:.0f} s left"
-            )
+            self.console.print(f"step {step}/{steps}  {figures}  {left:.0f} s left")
