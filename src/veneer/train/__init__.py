@@ -4,7 +4,7 @@
     print(result.metrics, result.adapter)
 
 This package is called as a function; it is `veneer.train.run.train`. For a Trainer or a loop of one's own there are
-`AdapterCallback` and `save_adapters_only`; the demo's `fit` trains on pairs of prompt and answer.
+`AdapterCallback`, `save_adapters_only` and `Reference`; the demo's `fit` trains on pairs of prompt and answer.
 """
 
 import sys
@@ -21,6 +21,7 @@ from veneer.train.examples import Example, encode, encode_prompt
 from veneer.train.fit import Recipe, fit
 from veneer.train.labels import Encoded
 from veneer.train.progress import History
+from veneer.train.reference import Reference
 
 if TYPE_CHECKING:
     from veneer.train.run import Result
@@ -32,6 +33,7 @@ __all__ = [
     "Example",
     "History",
     "Recipe",
+    "Reference",
     "answer_logits",
     "chrf",
     "encode",
