@@ -91,3 +91,26 @@ def test_files_whose_base_was_changed_are_refused(init, tmp_path):
     theirs.save_pretrained(tmp_path)
     with pytest.raises(veneer.errors.FileError, match=f"init_lora_weights='{init}', which changed base weights"):
         veneer.load(FAMILIES["llama"].model(), tmp_path)
+
+
+@starts
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights:UserWarning")
+def test_peft_converts_a_folder_that_is_refused_into_one_that_loads(init, tmp_path):
+    base, batch = FAMILIES["llama"].model().float(), FAMILIES["llama"].batch()
+    config = peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, target_modules=TARGETS)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True  # as PEFT's page has it, for the start
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter += 0.3
+    theirs.save_pretrained(tmp_path / "kept")
+    with pytest.raises(veneer.errors.FileError, match="path_initial_model_for_weight_conversion="):
+        veneer.load(copy.deepcopy(base), tmp_path / "kept")
+    theirs.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = copy.deepcopy(base)
+    veneer.load(ours, tmp_path / "plain")
+    assert (logits(ours, batch) - logits(base, batch)).abs().max() > 1e-2
+    close(logits(ours, batch), logits(theirs, batch), 1e-5)

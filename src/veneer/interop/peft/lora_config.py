@@ -59,6 +59,10 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     return entries
 
 
+_CONVERTED = ("pissa", "olora", "corda", "lora_ga")
+"""Starts that PEFT can take out of what was trained."""
+
+
 def _refuse_foreign(config: dict[str, Any], file: str) -> None:
     foreign = [name for name, value in config.items() if value and name not in _HARMLESS]
     if foreign:
@@ -67,9 +71,15 @@ def _refuse_foreign(config: dict[str, Any], file: str) -> None:
         )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        way = "merge it with PEFT"
+        if init.lower().startswith(_CONVERTED):
+            way = (
+                "save it as a plain LoRA by PEFT's save_pretrained(path_initial_model_for_weight_conversion=start), "
+                "where start is the folder of the adapter before training; where there is none, merge it with PEFT"
+            )
         raise FileError(
-            f"{file} was made with init_lora_weights='{init}', which changed base weights that the file does not hold. "
-            "Convert it to a plain LoRA with PEFT first."
+            f"{file} was made with init_lora_weights='{init}', which changed base weights that the file does not hold; "
+            f"{way}."
         )
 
 
