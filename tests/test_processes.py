@@ -33,7 +33,10 @@ WAYS = {
     "ddp": ["training.micro_batch_size=1"],
     "fsdp": ["training.parallel=fsdp"],
     "nf4": ["training.parallel=fsdp", "model.quantization=nf4", "evaluation.keep=best"],
+    "bitsandbytes": ["training.parallel=fsdp", "model.quantization=bitsandbytes-4bit"],
 }
+ALONE = {"nf4": "one-nf4", "bitsandbytes": "one-bitsandbytes"}
+"""The runs of one process that those on other bases are held to."""
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -72,6 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = small_run.make(tmp_path_factory.mktemp("processes"))
     go(recipe, "one")
     go(recipe, "one-nf4", "model.quantization=nf4", "evaluation.keep=best")
+    go(recipe, "one-bitsandbytes", "model.quantization=bitsandbytes-4bit")
     interrupt(recipe.parent / "one", recipe.parent / "begun", 2)
     here = Path(__file__).parent
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -85,9 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_train_what_one_trains(folder, name):
-    torch.testing.assert_close(
-        tensors(folder / name), tensors(folder / ("one-nf4" if name == "nf4" else "one")), **CLOSE
-    )
+    torch.testing.assert_close(tensors(folder / name), tensors(folder / ALONE.get(name, "one")), **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["begun", "fsdp"])

@@ -316,6 +316,7 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["data.shuffle=false", "training.group_by_length=true"], "group_by_length makes an order of its own"),
         (["method={AdapterFusion: {parts: [/no/a, /no/b]}}"], "/no/a is no folder of an adapter"),
         (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
+        (["training.parallel=fsdp", "model.quantization=bitsandbytes-8bit"], "take ddp, or bitsandbytes-4bit or nf4"),
         (["model=/no/where"], "cannot be loaded"),
         (["model.revision=main"], "model.revision is for Hub ids"),
     ],

@@ -51,6 +51,11 @@ def _idle(recipe: Recipe, task: Task) -> list[str]:
         )
     if training.parallel == "fsdp" and number == 1:
         wrong.append("training.parallel: fsdp needs several processes: torchrun --nproc-per-node 2 -m veneer train ...")
+    if training.parallel == "fsdp" and recipe.model.quantization == "bitsandbytes-8bit":
+        wrong.append(
+            "training.parallel: fsdp parts the weights that bitsandbytes-8bit computes with from their scales; "
+            "take ddp, or bitsandbytes-4bit or nf4 as model.quantization."
+        )
     if training.parallel == "fsdp" and training.loss == "chunked":
         wrong.append(
             "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
