@@ -100,7 +100,7 @@ optput: x
     for start, end in (
         ("'foo' is no key=value", ""),
         ("r.yaml, line 1: model.dtyp is no option.", "Closest: dtype."),
-        ("r.yaml, line 3: method.LoRa is no option.", "Closest: LoRA, LoRAFA, AdaLoRA."),
+        ("r.yaml, line 3: method.LoRa is no option.", "Closest: LoRA, LoHa, LoRAFA."),
         ("r.yaml, line 4: method.DoRA.rank should be greater than or equal to 1, not 0.", ""),
         ("r.yaml, line 4: method.DoRA.dropuot is no option.", "Closest: dropout."),
         ("r.yaml, line 5: data.heldout is no option.", "Closest: held_out."),
