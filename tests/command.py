@@ -7,10 +7,15 @@ import pytest
 from veneer import cli
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of `veneer WORDS`."""
+def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of `veneer WORDS`."""
     monkeypatch.setattr("sys.argv", ["veneer", *map(str, words)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
-    out, err = capsys.readouterr()
-    return caught.value.code or 0, out, err
+    return caught.value.code or 0
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of `veneer WORDS`."""
+    code = call(monkeypatch, *words)
+    return code, *capsys.readouterr()

@@ -6,20 +6,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import small_run
+from command import call
 from command import run as command
 from scipy import stats
 
-from veneer import cli
-from veneer.compare import Budget, Search, cells, charts, compare, report, running, statistics, summary
+from veneer.compare import Budget, Search, cells, charts, compare, predicting, report, running, statistics, summary
 from veneer.compare.contenders import contenders, learning_rates, sweeps
 from veneer.errors import RecipeError
 from veneer.train import recipe as recipes
@@ -70,8 +70,7 @@ def compared(folder, words):
     child = os.fork()
     if not child:
         try:
-            sys.argv = ["veneer", *map(str, words)]
-            cli.main()
+            call(pytest.MonkeyPatch(), *words)
         finally:
             os._exit(0)
     deadline = time.monotonic() + 300
@@ -82,10 +81,7 @@ def compared(folder, words):
     ended = (first / "result.json").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "_Worker", Forking)
-        patch.setattr("sys.argv", ["veneer", *map(str, words)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    assert not caught.value.code
+        assert call(patch, *words) == 0
     return output, ended
 
 
@@ -138,6 +134,44 @@ def test_figures_are_those_of_the_runs(compared, found):
     assert adapter["forgetting"]["drift"] > 0
     place = output / "cells/adapter/seed-0/run/adapter"
     assert adapter["adapter_bytes"] == sum(path.stat().st_size for path in place.glob("*.safetensors")) > 0
+
+
+def test_the_peak_stands_beside_what_a_plan_expects(compared, found):
+    """Numbers that train take 4 bytes, two moments of each 8; the weights are those of the base with its head."""
+    runs = [json.loads((compared[0] / f"cells/lora/seed-{seed}/result.json").read_text()) for seed in range(2)]
+    lora = found["methods"][0]
+    expected = lora["predicted"]
+    assert expected["before"] == lora["start_bytes"] == np.mean([run["start_bytes"] for run in runs])
+    assert expected["adapter"] == 4 * lora["trainable"]
+    assert expected["weights"] >= 4 * (lora["total"] - lora["trainable"])
+    assert expected["activations"] > 0
+    assert expected["optimizer"] >= 8 * lora["trainable"]
+    assert lora["predicted_bytes"] == sum(expected.values())
+    row = next(csv.DictReader(summary.table_csv(found).splitlines()))
+    assert float(row["predicted_bytes"]) == lora["predicted_bytes"]
+    shown = dict(zip(summary.COSTS, summary.cost_rows(found)[0], strict=True))
+    assert shown["predicted MiB"] == f"{lora['predicted_bytes'] / 2**20:,.0f}"
+    assert shown["off by"] == f"{lora['predicted_bytes'] / lora['peak_bytes'] - 1:+.0%}"
+    page = report.html(found)
+    assert f"lora, predicted: weights: {expected['weights'] / 2**20:,.4g} MiB" in page
+    assert f"lora, measured: all beyond it: {(lora['peak_bytes'] - lora['start_bytes']) / 2**20:,.4g} MiB" in page
+
+
+def test_what_has_no_plan_says_why(folder, found):
+    recipe = recipes.load(folder / "recipe.yaml")
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "bitsandbytes-8bit"})})
+    for rows, one, why in (
+        ("chosen_ids", recipe, "not those of preference"),
+        ("input_ids", other, "bitsandbytes-8bit"),
+    ):
+        prepared = SimpleNamespace(task="preference", train=SimpleNamespace(column_names=[rows]))
+        assert why in predicting.parts(SimpleNamespace(recipe=one), prepared, 0)
+    lora = found["methods"][0]
+    del lora["predicted"], lora["predicted_bytes"]
+    lora["not_predicted"] = "It <has> no plan."
+    assert summary.cost_rows(found)[0][2:4] == ["not planned", ""]
+    assert summary.cost_rows(found)[1][2] != "not planned"
+    assert "Not predicted: It &lt;has&gt; no plan." in report.html(found)
 
 
 def test_another_budget_in_the_same_folder_is_refused(words, compared, forked, monkeypatch, capsys):
@@ -318,6 +352,15 @@ def test_a_browser_shows_the_examples(compared, found):
     assert f"lora better than adapter: {int((one > other).sum())}" in done.stdout
     assert f"adapter better than lora: {int((other > one).sum())}" in done.stdout
     assert f"{int((one == other).sum())} of 12 are alike." in done.stdout
+
+
+def test_columns_in_which_nothing_stands_are_left_out(found):
+    """The tiny BERT decodes nothing and predicts no tokens."""
+    text = summary.markdown(found)
+    assert "| method | form | batch | prefill ms | of base | tokens/s |" in text
+    assert "| method | drift of embeddings |" in text
+    assert "decode ms" not in report.html(found)
+    assert summary.filled(["a", "b"], []) == ([], [])
 
 
 def test_the_frontier_holds_what_no_other_beats():

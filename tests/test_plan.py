@@ -2,15 +2,14 @@
 
 import copy
 import json
-import sys
 
 import pytest
 import tiny
 import torch
+from command import run
 from pairwise import cover
 
 import veneer
-from veneer import cli
 from veneer.errors import PlanError
 from veneer.plan import calibrating, chart, constants, devices, fitting, lines, tracing
 from veneer.plan.devices import GIB
@@ -159,14 +158,22 @@ def test_what_cannot_be_planned_says_so(method, options, text):
 
 
 def test_the_command_prints_a_table_and_json(monkeypatch, capsys):
-    command = ["veneer", "plan", "llama3.2:1b", "--method", "lora:rank=4", "--method", "lora+prefix", "--json"]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    plans = json.loads(capsys.readouterr().out)["plans"]
+    told = ("plan", "llama3.2:1b", "--method", "lora:rank=4", "--method", "lora+prefix", "--json")
+    code, out, _ = run(monkeypatch, capsys, *told)
+    assert code == 0
+    plans = json.loads(out)["plans"]
     assert plans["lora:rank=4"]["trainable"] < plans["lora+prefix"]["trainable"]
     assert plans["lora+prefix"]["inference"]["merged"]["flops"] > 0
+
+
+def test_a_head_that_trains_whole_is_counted():
+    """also_train: of a BERT with two classes, a row of weights and a bias each, and no more than that is added."""
+    found = config("bert")
+    found.architectures = ["BertForSequenceClassification"]
+    without = veneer.plan(found, veneer.LoRA(rank=2), batch_size=2, sequence_length=8)
+    headed = veneer.plan(found, veneer.LoRA(rank=2), also_train=["classifier"], batch_size=2, sequence_length=8)
+    assert headed.trainable - without.trainable == 2 * (found.hidden_size + 1)
+    assert headed.changed(batch_size=1).trainable == headed.trainable
 
 
 def test_constants_are_fitted_and_kept_for_their_device(monkeypatch, tmp_path):

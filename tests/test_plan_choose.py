@@ -1,11 +1,10 @@
 """The usual advice follows from computed figures, and changes with the constraints."""
 
 import json
-import sys
 
 import pytest
+from command import run
 
-from veneer import cli
 from veneer.errors import PlanError
 from veneer.plan.choose import advice, choose
 from veneer.train import recipe
@@ -83,10 +82,8 @@ def test_every_recipe_is_one():
 
 
 def test_the_command_prints_what_it_chose(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["veneer", "choose", "bert:base", "--gpu", "t4", "--json"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 0
-    found = json.loads(capsys.readouterr().out)
+    code, out, _ = run(monkeypatch, capsys, "choose", "bert:base", "--gpu", "t4", "--json")
+    assert code == 0
+    found = json.loads(out)
     assert found["choices"][0]["method"] == "LoRA"
     assert found["later_evidence"]

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 import veneer
-from veneer.compare import forgetting, inference, scoring
+from veneer.compare import forgetting, inference, predicting, scoring
 from veneer.errors import Diverged, VeneerError
 from veneer.samples import whole
 from veneer.train import models
@@ -69,6 +69,7 @@ def _run(told: dict[str, Any], file: Path) -> None:
         adapter = folder / "run" / "adapter"
         found["adapter_bytes"] = sum(path.stat().st_size for path in adapter.glob("*.safetensors"))
         if not told["validation"]:
+            found["predicted"] = predicting.parts(result, prepared, start)
             rows, batch = prepared.held_out, result.report["micro_batch_size"]
             found["examples"] = scoring.examples(result.model, tokenizer, rows, prepared, batch)
             found["forgetting"] = forgetting.measure(result.model, tokenizer, prepared.task, told["text"])

@@ -13,6 +13,10 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f
           "#17becf", "#e377c2")  # fmt: skip
 
 
+PARTS = ("#c3c9d0", "#1c5d99", "#56b4e9", "#e69f00", "#8c564b")
+"""Of the parts of bars, which are not those of methods."""
+
+
 def color(number: int) -> str:
     """One for each method, told apart by people who see few colours as far as that goes."""
     return COLORS[number % len(COLORS)]
@@ -147,14 +151,14 @@ def lines(found: Sequence[Line], across: str, up: str) -> str:
 
 
 def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], kinds: Sequence[str], unit: str) -> str:
-    """For each name one bar beneath the other, of parts (kind, value) side by side."""
+    """For each name one bar beneath the other, of parts (kind, value) side by side, of at most five kinds."""
     thick, gap = 13, 10
     names = list(dict.fromkeys(name for name, _ in rows))
     most = max(sum(value for _, value in parts) for _, parts in rows)
     x = Axis(0.0, most * 1.08, 130, WIDTH - RIGHT)
     bottom = float(TOP + len(rows) * (thick + 2) + len(names) * gap)
     found = [f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{bottom}"/>'
-             f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{bottom + 16}">{short(tick)}</text>'
+             f'<text class="tick" text-anchor="middle" x="{x(tick):.1f}" y="{bottom + 16}">{tick:,.4g}</text>'
              for tick in x.ticks()]  # fmt: skip
     height, before = float(TOP), ""
     for name, parts in rows:
@@ -167,15 +171,17 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[str, float]]]], kinds: Sequenc
             said = escape(f"{name}, {kind}: {value:,.4g} {unit}")
             found.append(
                 f'<rect x="{x(place):.1f}" y="{height:.1f}" width="{x(place + value) - x(place):.1f}" height="{thick}" '
-                f'fill="{color(kinds.index(kind))}"><title>{said}</title></rect>'
+                f'fill="{PARTS[kinds.index(kind)]}"><title>{said}</title></rect>'
             )
             place += value
         height += thick + 2
-    legend = [f'<rect x="{130 + 200 * n}" y="{bottom + 26}" width="11" height="11" fill="{color(n)}"/>'
-              f'<text x="{146 + 200 * n}" y="{bottom + 36}">{escape(kind)}</text>'
-              for n, kind in enumerate(kinds)]  # fmt: skip
-    label = f'<text class="tick" x="{WIDTH - RIGHT}" y="{bottom + 36}" text-anchor="end">{escape(unit)}</text>'
-    return _svg([*found, *legend, label], bottom + 46)
+    legend = []
+    for n, kind in enumerate(kinds):
+        left, top = 130 + 290 * (n % 2), bottom + 42 + 18 * (n // 2)
+        legend.append(f'<rect x="{left}" y="{top}" width="11" height="11" fill="{PARTS[n]}"/>'
+                      f'<text x="{left + 16}" y="{top + 10}">{escape(kind)}</text>')  # fmt: skip
+    label = f'<text class="tick" x="{WIDTH - RIGHT}" y="{bottom + 30}" text-anchor="end">{escape(unit)}</text>'
+    return _svg([*found, *legend, label], bottom + 46 + 18 * -(-len(kinds) // 2))
 
 
 def _frame(x: Axis, y: Axis, across: str, up: str) -> list[str]:

@@ -57,6 +57,7 @@ def _names(path: str | Sequence[str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    heads, rows = summary.filled(heads, rows)
     top = "".join(f"<th>{escape(head)}</th>" for head in heads)
     inner = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{inner}</tbody></table></div>'
@@ -70,7 +71,8 @@ def _training(found: Mapping[str, Any]) -> str:
         f"<p class='note'>{better} {escape(heads[1])} is better. ± is half of a {100 * found['level']:.0f}% confidence "
         "interval over seeds and held-out examples; differences are of the same seeds and examples, pair by pair.</p>"
         f"<h2>Cost of training</h2>{_table(summary.COSTS, summary.cost_rows(found))}"
-        "<p class='note'>Peak memory of the run's own process; before: what it had before a model was loaded.</p>"
+        "<p class='note'>Peak memory of the run's own process; predicted: by <code>veneer plan</code>, on top of what "
+        "it had before a model was loaded.</p>"
         "</section>"
     )
 
@@ -100,13 +102,32 @@ def _numbers(found: Mapping[str, Any]) -> dict[str, int]:
     return {one["name"]: number for number, one in enumerate(found["methods"])}
 
 
+MEMORY = (
+    ("before a model was loaded", ("before",)),
+    ("measured: all beyond it", ()),
+    ("predicted: weights", ("weights",)),
+    ("predicted: adapter, gradients, optimizer", ("adapter", "gradients", "optimizer")),
+    ("predicted: activations, logits, dense copies", ("activations", "logits", "dequantization")),
+)
+"""What a bar of the memory chart is made of, and which parts of a plan that is."""
+
+
 def _memory(done: Sequence[Mapping[str, Any]]) -> str:
-    kinds = ["before the model was loaded", "added by model and training"]
+    kinds = [kind for kind, _ in MEMORY]
     rows = []
     for one in done:
         start, peak = one["start_bytes"] / summary.MIB, one["peak_bytes"] / summary.MIB
         rows.append((one["name"], [(kinds[0], min(start, peak)), (kinds[1], max(peak - start, 0.0))]))
-    return f"<section><h2>Peak memory of training</h2>{charts.bars(rows, kinds, 'MiB')}</section>"
+        if planned := one.get("predicted"):
+            sizes = [(kind, sum(planned[name] for name in names) / summary.MIB) for kind, names in MEMORY if names]
+            rows.append((one["name"], sizes))
+    why = {one["not_predicted"] for one in done if "not_predicted" in one}
+    missing = "".join(f" Not predicted: {escape(reason)}" for reason in sorted(why))
+    return (
+        "<section><h2>Memory predicted against measured</h2><p class='note'>The peak of each method's runs above, what "
+        f"<code>veneer plan</code> says of the highest moment of a step below.{missing}</p>"
+        f"{charts.bars(rows, kinds, 'MiB')}</section>"
+    )
 
 
 def _curves(done: Sequence[Mapping[str, Any]]) -> str:
@@ -163,7 +184,8 @@ def _notes(found: Mapping[str, Any]) -> str:
         "<li>Intervals: two-way analysis of variance of seeds and examples, both random; t with Satterthwaite's "
         "degrees of freedom. With one seed the examples' alone. They are not corrected for the number of methods.</li>"
         "<li>Peak memory: of the run's own process, or of the GPU; what it had before a model was loaded stands beside "
-        "it.</li>"
+        "it. Predicted: that, and what a plan of the longest batch counts, without weights, at the highest moment of a "
+        "step. Loading, what libraries take for themselves, and what was freed and not given back are left out.</li>"
         "<li>Step time: the median of all optimizer steps but the first. Tokens a second: without padding, over the "
         "seconds of the steps.</li>"
         "<li>Inference: base and adapted model take turns in one process; 'of base' is the median of the ratios of the "

@@ -87,6 +87,12 @@ def _method(outcome: Outcome, base: Outcome) -> dict[str, Any]:
         found["difference"] = _plain(interval(_scores(mine) - _scores(other)))
     for name in ("peak_bytes", "start_bytes", "step_seconds", "tokens_per_second", "training_seconds", "tokens"):
         found[name] = mean(run[name] for run in runs)
+    predicted = runs[0]["predicted"]
+    if isinstance(predicted, str):
+        found["not_predicted"] = predicted
+    else:
+        found["predicted"] = {name: mean(run["predicted"][name] for run in runs) for name in predicted}
+        found["predicted_bytes"] = sum(found["predicted"].values())
     for name in ("trainable", "total", "steps", "adapter_bytes", "learning_rate", "micro_batch_size"):
         found[name] = runs[0][name]
     found["metrics"] = {name: mean(run["metrics"][name] for run in runs) for name in runs[0]["metrics"]}
@@ -117,12 +123,12 @@ def _plain(found: Interval) -> dict[str, Any]:
 # --- in rows
 
 TRAINED = ("method", "quality", "difference", "seeds", "learning rate", "trainable", "share")
-COSTS = ("method", "peak MiB", "before MiB", "step ms", "tokens/s", "adapter kB")
+COSTS = ("method", "peak MiB", "predicted MiB", "off by", "before MiB", "step ms", "tokens/s", "adapter kB")
 INFERENCE = ("method", "form", "batch", "prefill ms", "of base", "decode ms", "of base", "tokens/s")
 
 
 def trained_rows(found: Mapping[str, Any]) -> list[list[str]]:
-    """A row of TRAINED for each method; of one that failed, its reason."""
+    """A row of TRAINED for each method; of one that failed, its reason. The share is of the base's parameters."""
     rows = []
     for one in found["methods"]:
         if "quality" not in one:
@@ -135,7 +141,7 @@ def trained_rows(found: Mapping[str, Any]) -> list[list[str]]:
             str(len(one["seeds"])),
             f"{one['learning_rate']:g}",
             f"{one['trainable']:,}",
-            f"{100 * one['trainable'] / one['total']:.2f}%",
+            f"{100 * one['trainable'] / (one['total'] - one['trainable']):.2f}%",
         ])  # fmt: skip
     return rows
 
@@ -146,6 +152,7 @@ def cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
         [
             one["name"],
             f"{one['peak_bytes'] / MIB:,.0f}",
+            *_predicted(one),
             f"{one['start_bytes'] / MIB:,.0f}",
             f"{1000 * one['step_seconds']:,.0f}",
             f"{one['tokens_per_second']:,.0f}",
@@ -154,6 +161,13 @@ def cost_rows(found: Mapping[str, Any]) -> list[list[str]]:
         for one in found["methods"]
         if "quality" in one
     ]
+
+
+def _predicted(one: Mapping[str, Any]) -> tuple[str, str]:
+    if "predicted_bytes" not in one:
+        return "not planned", ""
+    expected = one["predicted_bytes"]
+    return f"{expected / MIB:,.0f}", f"{expected / one['peak_bytes'] - 1:+.0%}"
 
 
 def inference_rows(found: Mapping[str, Any]) -> list[list[str]]:
@@ -227,7 +241,13 @@ def _tables(found: Mapping[str, Any]) -> list[tuple[str, Sequence[str], list[lis
         ("Inference, against the base in the same process", INFERENCE, inference_rows(found)),
         ("Forgetting of general text", FORGETTING, forgetting_rows(found)),
     ]
-    return [each for each in every if each[2]]
+    return [(title, *filled(heads, rows)) for title, heads, rows in every if rows]
+
+
+def filled(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns in which no row has anything: an encoder decodes nothing, one method has no other."""
+    there = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    return [heads[place] for place in there], [[row[place] for place in there] for row in rows]
 
 
 def table_csv(found: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,6 +179,7 @@ def plan(
     method: Methods | str | None = None,
     where: str | None = None,
     *,
+    also_train: Sequence[str] = (),
     batch_size: int = 1,
     sequence_length: int = 512,
     dtype: torch.dtype | str | None = None,
@@ -191,10 +192,10 @@ def plan(
 ) -> Plan:
     """Count what a training step takes: memory by part, time, and what is left at inference. No weights are read.
 
-    `model` is a model, a transformers config, a folder or Hub id, or a preset (`llama3.1:8b`). `method` and `where` are
-    as in `attach`; "full" trains the model's own weights, where FullFineTuning() keeps them and trains float32 copies;
-    None is inference. `dtype` is that of the base: by default the model's own. `quantization` is "nf4" or NF4(...).
-    `optimizer` is a name that `veneer.optimizer` knows; `loss` is "whole" or "chunked" (as `chunk_loss`).
+    `model` is a model, a transformers config, a folder or Hub id, or a preset (`llama3.1:8b`). `method`, `where` and
+    `also_train` are as in `attach`; "full" trains the model's own weights, where FullFineTuning() keeps them and trains
+    float32 copies; None is inference. `dtype` is that of the base: by default the model's own. `quantization` is "nf4"
+    or NF4(...). `optimizer` is a name that `veneer.optimizer` knows; `loss` is "whole" or "chunked" (as `chunk_loss`).
 
     `device` is a name (`rtx-4090`), a size (`24GB`), "auto" for this machine or "cpu"; None counts as for CUDA and
     tells no time. On "cpu" the overhead is this process as it is. The batch has no padding.
@@ -231,7 +232,17 @@ def plan(
     dtype = dtype or transformers.stored_dtype(config)
     kind = found.kind if found else "cuda"
     setting = Setting(
-        method, where, batch_size, sequence_length, dtype, quantization, checkpointing, loss, kind, adapter_dtype
+        method,
+        where,
+        batch_size,
+        sequence_length,
+        dtype,
+        quantization,
+        checkpointing,
+        loss,
+        kind,
+        adapter_dtype,
+        tuple(also_train),
     )
     return made(config, setting, optimizer, found)
 

@@ -43,7 +43,10 @@ PHASES = ("forward", "loss", "last block", "first block")
 
 @dataclass(frozen=True)
 class Setting:
-    """All that the counts of a step depend on, beside the model. method: "full" trains the model's own weights."""
+    """All that the counts of a step depend on, beside the model. method: "full" trains the model's own weights.
+
+    also_train: as in `attach`.
+    """
 
     method: Methods | str | None
     where: str | None
@@ -55,6 +58,7 @@ class Setting:
     loss: str
     kind: str
     adapter_dtype: torch.dtype | None
+    also_train: tuple[str, ...] = ()
 
 
 def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
@@ -100,7 +104,9 @@ def train_by(model: Any, setting: Setting) -> Any:
     if setting.method == "full":
         model.requires_grad_(True)
     elif not isinstance(setting.method, str | None):
-        adapter = attach(model, setting.method, setting.where, dtype=setting.adapter_dtype)
+        adapter = attach(
+            model, setting.method, setting.where, also_train=setting.also_train, dtype=setting.adapter_dtype
+        )
     if setting.checkpointing:
         checkpoint_activations(model)
     model.train()
@@ -117,7 +123,8 @@ def _count(config: Any, setting: Setting) -> Counts:
     }
     model.eval()
     with _attention(setting):
-        key = (config.to_json_string(use_diff=False), replace(setting, method=None, where=None, checkpointing=False))
+        bare = replace(setting, method=None, where=None, checkpointing=False, also_train=())
+        key = (config.to_json_string(use_diff=False), bare)
         if key not in _BASES:
             _BASES[key] = {f"base {name}": value for name, value in _forward(model, setting).items()}
         found |= _BASES[key]
