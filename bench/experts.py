@@ -75,6 +75,7 @@ def write(folder: Path, layers: int, width: int) -> tuple[int, int]:
     sizes = {"hidden_size": width, "intermediate_size": 7 * width // 2, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 16, "num_key_value_heads": 4, "num_local_experts": 8}
     config = MixtralConfig(vocab_size=VOCABULARY, dtype=torch.bfloat16, **heads, **sizes)
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = MixtralForCausalLM(config)
     torch.set_default_dtype(torch.float32)

@@ -87,6 +87,8 @@ METHODS = {
     "PiSSA": veneer.LoRA(rank=2, init="pissa"),
     "LoRAFA": veneer.LoRAFA(rank=2),
     "HiRA": veneer.HiRA(rank=2),
+    "DoRA": veneer.DoRA(rank=2),
+    "OLoRA": veneer.LoRA(rank=2, init="olora"),
 }
 
 
@@ -109,6 +111,14 @@ def test_a_role_changes_its_own_outputs(where):
     adapters = [adapted(one, where=where) for one in (model, other)]
     assert [claim.place.path for claim in adapters[0].claims] == [claim.place.path for claim in adapters[1].claims]
     torch.testing.assert_close(answer(model), answer(other), **CLOSE)
+
+
+def test_loftq_makes_up_for_what_quantizing_took():
+    model, plain = moe(), dense("mixtral", dtype=torch.float32)
+    lost = (answer(model) - answer(plain)).norm()
+    adapter = veneer.attach(model, veneer.LoRA(rank=16, init="loftq"), f"{WHERE} | linear")
+    veneer.calibrate(model, adapter, plain)
+    assert (answer(model) - answer(plain)).norm() < 0.8 * lost
 
 
 def test_a_watched_delta_is_called():
