@@ -1,4 +1,7 @@
-"""Models whose linears are quantized, in every way that runs on a CPU, and the dense twin of each."""
+"""Models whose linears are quantized, in every way that runs on a CPU, and the dense twin of each.
+
+Experts are quantized where the way has a form for them: Veneer's own NF4 alone.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from veneer import formats
 from veneer.formats.nf4 import NF4Linear
+from veneer.formats.nf4_experts import STACKS, NF4Experts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # both say at import which kernels they do without on a CPU
@@ -80,10 +84,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that hold experts."""
+    return {path: module for path, module in model.named_modules() if STACKS[2] in module._parameters}
+
+
 def quantized(kind: str, family: str = "llama") -> nn.Module:
     model = dense(family)
     for path, module in linears(model).items():
         model.set_submodule(path, quantize(module, kind))
+    for path, module in stacks(model).items() if kind.startswith("own") else ():
+        model.set_submodule(path, NF4Experts(module, (STACKS[0], STACKS[2]), 64, kind.endswith("double")))
     return model.eval()
 
 
@@ -94,6 +105,9 @@ def twin(model: nn.Module, family: str = "llama") -> nn.Module:
         weight = formats.of(stored).read(stored, "weight")
         assert weight.shape == module.weight.shape, path
         module.weight.data = weight.to(torch.float32)
+    for module, stored in zip(stacks(other).values(), stacks(model).values(), strict=True):
+        for name in (STACKS[0], STACKS[2]):
+            module._parameters[name].data = formats.of(stored).read(stored, name).to(torch.float32)
     return other
 
 

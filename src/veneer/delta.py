@@ -314,6 +314,13 @@ class Input(Delta):
 class Weight(Delta):
     """Where a parameter w (in its logical shape) is read, delta(w) is read instead; the stored w stays as it is."""
 
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A, B, s) where delta(w) is now w + s·B·A for every w, matrix by matrix of a stack; None where it is not.
+
+        A storage that is not made dense as a whole then adds the product to the answers, without a call of the delta.
+        """
+        return None
+
     @abstractmethod
     def forward(self, w: Tensor) -> Tensor: ...
 

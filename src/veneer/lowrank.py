@@ -46,6 +46,14 @@ class Pair(Delta):
         """(A, B, sign) of each product whose signed sum, times the scale, is the change."""
         return ((self.A, self.B, 1.0),)
 
+    def together(self) -> tuple[Tensor, Tensor, float]:
+        """A and B of all parts as one pair of matrices, or of stacks of them, with its scale."""
+        (A, B, sign), *rest = self.parts()
+        if rest:
+            A = torch.cat([A, *(other for other, _, _ in rest)], dim=-2)
+            B = torch.cat([B, *(other * (sign * turn) for _, other, turn in rest)], dim=-1)
+        return A, B, sign * self.scale
+
     def merge(self, weight: Tensor) -> Tensor:
         return weight + total(
             [
@@ -68,13 +76,7 @@ class Beside(Pair, After):
     def pair(self) -> tuple[Tensor, Tensor, float] | None:
         """A and B of all parts together, unless dropout or a subclass has its own way with x and y."""
         plain = isinstance(self.map, Matrix) and type(self).change is Beside.change
-        if not plain or (self.training and self.dropout.p):
-            return None
-        (A, B, sign), *rest = self.parts()
-        if rest:
-            A = torch.cat([A, *(other for other, _, _ in rest)])
-            B = torch.cat([B, *(other * (sign * turn) for _, other, turn in rest)], dim=1)
-        return A, B, sign * self.scale
+        return None if not plain or (self.training and self.dropout.p) else self.together()
 
     def change(self, x: Tensor, y: Tensor, dropout: Dropout) -> Tensor:
         """The base's answer y with the pair in it."""
@@ -113,6 +115,9 @@ class Inside(Pair, Weight):
 
     def forward(self, w: Tensor) -> Tensor:
         return self.merge(w)
+
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.together() if type(self).merge is Pair.merge else None
 
 
 def total(terms: Sequence[Tensor]) -> Tensor:

@@ -91,7 +91,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
 @torch.no_grad()
 def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
     kept: set[tuple[int, str]] = set()
-    unpacked: set[int] = set()
+    unpacked: set[tuple[int, str]] = set()
     again: list[Callable[[], None]] = []
 
     def keep(owner: nn.Module, name: str) -> bool:
@@ -100,7 +100,7 @@ def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
         if key in kept:
             return False
         kept.add(key)
-        if name != "weight" or id(owner) not in unpacked:
+        if key not in unpacked:
             adapter.originals.append(Values(owner, name))
         return True
 
@@ -108,11 +108,11 @@ def _fold(adapter: Adapter, dtype: torch.dtype, requantize: bool) -> None:
         for place in _owners(adapter):
             if place.format.now(place.owner).quantized:
                 adapter.originals.append(Storage(place.owner))
+                unpacked |= {(id(place.owner), name) for _, name in place.format.weights(place.owner)}
                 try:
                     again.append(place.format.unpack(place.owner, dtype))
                 except NotMergeable as error:
                     raise NotMergeable(f"{place.path}: {error}") from None
-                unpacked.add(id(place.owner))
         for one in outwards(adapter.claims):
             place = one.place
             if not keep(place.owner, place.parameter) and one.delta.measures:

@@ -105,6 +105,7 @@ def parameters(model: nn.Module) -> dict[str, Place]:
     for path, module in site.base_modules(model):
         reader = functional.get(path)
         form = formats.of(module)
+        packed = {name for below, name in form.weights(module) if not below} if form and form.quantized else {"weight"}
         for name, parameter in module.named_parameters(recurse=False):
             found[_join(path, name)] = Place(
                 path=_join(path, name),
@@ -113,8 +114,8 @@ def parameters(model: nn.Module) -> dict[str, Place]:
                 owner_path=path,
                 owner=module,
                 parameter=name,
-                format=form if form and form.quantized and name == "weight" else Parameter(),
-                shape=form.shape(module, name) if form and name == "weight" else tuple(parameter.shape),
+                format=form if form and form.quantized and name in packed else Parameter(),
+                shape=form.shape(module, name) if form and name in packed else tuple(parameter.shape),
                 functional=True,
             )
     return found

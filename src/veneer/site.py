@@ -357,15 +357,11 @@ def _shadow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
                 f"{binding.path} is changed as a weight, which every row of a batch shares, so rows cannot differ "
                 "there. Run the rows apart, or leave this place out of the adapter."
             )
-        owner, form = module.get_submodule(binding.owner), binding.format
-        weight = cast(Tensor, owner.__dict__.get(binding.parameter, owner._parameters[binding.parameter]))
-        weight = form.logical(owner, weight)
-        if binding.spans is None:
-            weight = delta(weight)
-        else:
-            part = row_index(binding.spans, weight.device)
-            weight = weight.index_copy(form.rows, part, delta(weight.index_select(form.rows, part)))
-        owner.__dict__[binding.parameter] = form.stored(owner, weight)
+        owner = module.get_submodule(binding.owner)
+        form, device = binding.format.now(owner), cast(Tensor, owner._parameters[binding.parameter]).device
+        outputs = None if binding.spans is None else row_index(binding.spans, device)
+        pair = None if not form.quantized or _watched(delta) else cast(Weight, delta).pair()
+        owner.__dict__[binding.parameter] = form.changed(owner, binding.parameter, delta, outputs, pair)
 
 
 def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -147,10 +147,12 @@ def quantize(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Store the linears of a model in four bits (NF4), one weight after the other, and save it with bitsandbytes' keys.
+    """Store a model's linears and experts in four bits (NF4), weight by weight, and save it with bitsandbytes' keys.
 
     The dense model is never in memory. veneer.load_quantized opens the folder, and so does transformers with
-    bitsandbytes. Examples: veneer quantize my-model my-model-nf4; veneer quantize my-model small --skip o_proj
+    bitsandbytes where no experts are in it.
+
+    Examples: veneer quantize my-model my-model-nf4; veneer quantize my-model small --skip o_proj
     """
     from veneer.seams import loading
 

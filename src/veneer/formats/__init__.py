@@ -10,9 +10,10 @@ are known by the marks that transformers sets.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ _KNOWN = {
     "torch.nn.modules.transformer.TransformerEncoderLayer": "attention.TransformerEncoderLayer",
     "transformers.pytorch_utils.Conv1D": "dense.Conv1D",
     "veneer.formats.nf4.NF4Linear": "nf4.NF4",
+    "veneer.formats.nf4_experts.NF4Experts": "nf4_experts.Experts",
     "bitsandbytes.nn.modules.Linear4bit": "bitsandbytes.Linear4bit",
     "bitsandbytes.nn.modules.Linear8bitLt": "bitsandbytes.Linear8bitLt",
     "hqq.core.quantize.HQQLinear": "hqq.HQQLinear",
@@ -115,6 +117,24 @@ class Format(ABC):
     def multiply(self, owner: nn.Module, parameter: str, x: Tensor) -> Tensor:
         """x·Wᵀ without the bias, all but W's first dimension taken as one; gradients flow to x."""
         return F.linear(x, self.read(owner, parameter).flatten(1).to(x.dtype))
+
+    def changed(self, owner: nn.Module, parameter: str, delta: Any, outputs: Tensor | None, pair: Any) -> Any:
+        """What the owner's forward has to find under the parameter's name to compute with delta(weight).
+
+        `outputs` numbers those that the delta changes, None all; `pair` is (A, B, s) where it adds s·B·A to whatever
+        it is given. What earlier deltas left there is changed further.
+        """
+        now: Any = vars(owner).get(parameter, owner._parameters[parameter])
+        weight = self.logical(owner, now)
+        if outputs is None:
+            weight = delta(weight)
+        else:
+            weight = weight.index_copy(self.rows, outputs, delta(weight.index_select(self.rows, outputs)))
+        return self.stored(owner, weight)
+
+    def stand_in(self, owner: nn.Module, weights: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """A forward for a probe, with dense tensors in the place of a quantized module's weights, by their names."""
+        return partial(F.linear, weight=weights["weight"])
 
     @abstractmethod
     def write(self, owner: nn.Module, parameter: str, weight: Tensor) -> None:

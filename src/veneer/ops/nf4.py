@@ -108,13 +108,32 @@ def middles(table: Tensor) -> Tensor:
     return (table[1:] + table[:-1]) / 2
 
 
-def magnitudes(packed: Packed) -> Tensor:
-    """The float32 magnitude of each block."""
+def magnitudes(packed: Packed, blocks: range | None = None) -> Tensor:
+    """The float32 magnitude of each block, or of some consecutive ones."""
+    blocks = blocks if blocks is not None else range(len(packed.absmax))
+    absmax = packed.absmax[blocks.start : blocks.stop]
     if packed.outer is None or packed.offset is None:
-        return packed.absmax
-    values = dynamic_levels(packed.absmax.device)[packed.absmax.int()]
-    outer = packed.outer.repeat_interleave(OUTER)[: len(values)]
-    return values * outer + packed.offset
+        return absmax
+    values = dynamic_levels(absmax.device)[absmax.int()]
+    first = blocks.start // OUTER
+    outer = packed.outer[first : -(-blocks.stop // OUTER)].repeat_interleave(OUTER)
+    return values * outer[blocks.start - first * OUTER :][: len(values)] + packed.offset
+
+
+def apart(packed: Packed) -> bool:
+    """Whether each matrix of a stack is made of whole blocks."""
+    return torch.Size(packed.shape[-2:]).numel() % packed.block_size == 0
+
+
+def matrix(packed: Packed, number: int) -> Packed:
+    """One matrix of a stack whose matrices are `apart`, or the only one; of a stack, with magnitudes in float32."""
+    if len(packed.shape) == 2:
+        return packed
+    size = torch.Size(packed.shape[-2:]).numel()
+    blocks = size // packed.block_size
+    scales = magnitudes(packed, range(number * blocks, (number + 1) * blocks))
+    data = packed.data[number * size // 2 : (number + 1) * size // 2]
+    return Packed(data, scales, packed.shape[-2:], packed.block_size)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:

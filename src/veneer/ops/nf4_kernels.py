@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.errors import PlaceError
-from veneer.ops import nf4, nf4_cpu
+from veneer.ops import grouped, nf4, nf4_cpu
 from veneer.ops.nf4 import Packed
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,10 +131,27 @@ def dequantize(packed: Packed, dtype: torch.dtype, kernel: str | None = None) ->
 
 def multiply(x: Tensor, packed: Packed, kernel: str | None = None) -> Tensor:
     """x·Wᵀ, with gradients for x: W is made once forward and once backward, and nothing dense of it is kept."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in FAST:
-        x = x.to(torch.get_autocast_dtype(x.device.type))  # here, since W is made in the dtype that it is used in
-    product: Tensor = _product(x, *_parts(packed), kernel, False)
+    product: Tensor = _product(_cast(x), *_parts(packed), kernel, False)
     return product
+
+
+def multiply_grouped(
+    x: Tensor, packed: Packed, ends: Tensor, transposed: bool = False, kernel: str | None = None
+) -> Tensor:
+    """x[i]·W[e]ᵀ for each row i of group e, with gradients for x, or x[i]·W[e] for a stack that is stored `transposed`.
+
+    Groups are those of `grouped`. Each matrix that is met is made dense alone, once forward and once backward, and
+    nothing dense of it is kept; all at once only where a block has weights of two.
+    """
+    product: Tensor = _grouped(_cast(x), *_parts(packed), ends, kernel, transposed)
+    return product
+
+
+def _cast(x: Tensor) -> Tensor:
+    """What autocast makes of activations: here, since W is made in the dtype that it is used in."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype in FAST:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 # torch's operators, for torch.compile, which cannot look into a kernel and keeps one as a node of its graph
@@ -201,17 +218,68 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 _product.register_autograd(_backward, setup_context=_keep)
 
 
-def _pieces(packed: Packed, dtype: torch.dtype, kernel: Kernel, columns: bool) -> Iterator[Tensor]:
-    """W, a few of its rows or columns after the other, each a whole row's or column's answer of the product."""
-    if kernel.tile is None or packed.shape[1] % packed.block_size:
-        yield kernel.dequantize(packed, dtype)
+@torch.library.custom_op("veneer::nf4_grouped", mutates_args=())
+def _grouped(
+    x: Tensor,
+    data: Tensor,
+    absmax: Tensor,
+    shape: list[int],
+    block_size: int,
+    outer: Tensor | None,
+    offset: Tensor | None,
+    ends: Tensor,
+    kernel: str | None,
+    transposed: bool,
+) -> Tensor:
+    packed = Packed(data, absmax, tuple(shape), block_size, outer, offset)
+    chosen = _kernel(kernel, packed, x.dtype)
+    whole = None if nf4.apart(packed) else chosen.dequantize(packed, x.dtype)
+    y = x.new_empty(len(x), shape[2 if transposed else 1])
+    for number, rows in grouped.groups(ends):
+        pieces = _pieces(packed, x.dtype, chosen, transposed, number) if whole is None else iter([whole[number]])
+        start = 0
+        for piece in pieces:
+            product = x[rows] @ piece if transposed else F.linear(x[rows], piece)
+            y[rows, start : start + product.shape[1]] = product
+            start += product.shape[1]
+    return y
+
+
+@_grouped.register_fake
+def _(x: Tensor, data: Tensor, absmax: Tensor, shape: list[int], *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], shape[2 if rest[-1] else 1])
+
+
+def _keep_grouped(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.packed, ctx.kernel, ctx.transposed = inputs[1:7], inputs[8], not inputs[9]
+    ctx.save_for_backward(inputs[7])
+
+
+def _backward_grouped(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (ends,) = ctx.saved_tensors
+    return _grouped(gradient, *ctx.packed, ends, ctx.kernel, ctx.transposed), *[None] * 9
+
+
+_grouped.register_autograd(_backward_grouped, setup_context=_keep_grouped)
+
+
+def _pieces(packed: Packed, dtype: torch.dtype, kernel: Kernel, columns: bool, number: int = 0) -> Iterator[Tensor]:
+    """W, a few of its rows or columns after the other, each a whole row's or column's answer of the product.
+
+    Of a stack it is the matrix of that `number`.
+    """
+    height, width = packed.shape[-2:]
+    if kernel.tile is None or width % packed.block_size:
+        yield kernel.dequantize(nf4.matrix(packed, number), dtype)
         return
-    height, width = packed.shape
+    above = number * height
+    packed = replace(packed, shape=(torch.Size(packed.shape[:-1]).numel(), width))
     unit, other = (packed.block_size, height) if columns else (1, width)
     size = max(1, PIECE * torch.get_num_threads() // (unit * other)) * unit
     memory = packed.data.new_empty(size * other, dtype=dtype)  # the same for all: new pages take longer than the work
     for start in range(0, width if columns else height, size):
         if columns:
-            yield kernel.tile(packed, range(height), range(start, min(start + size, width)), memory)
+            rows, part = range(above, above + height), range(start, min(start + size, width))
         else:
-            yield kernel.tile(packed, range(start, min(start + size, height)), range(width), memory)
+            rows, part = range(above + start, above + min(start + size, height)), range(width)
+        yield kernel.tile(packed, rows, part, memory)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from veneer.errors import PlanError, closest
-from veneer.formats.nf4 import NF4Linear
+from veneer.formats.nf4_storage import Holder
 from veneer.merging import activations_dtype
 from veneer.optim.choosing import NAMES
 from veneer.plan import presets
@@ -205,9 +205,10 @@ def plan(
     config = config_of(model)
     if isinstance(model, nn.Module):
         dtype = dtype or activations_dtype(model)
-        if quantization is None and any(isinstance(each, NF4Linear) for each in model.modules()):
-            one = next(each for each in model.modules() if isinstance(each, NF4Linear))
-            quantization = NF4(one.block_size, one.double_quant)
+        holders = [each for each in model.modules() if isinstance(each, Holder)]
+        if quantization is None and holders:
+            facts = next(iter(holders[0].facts.values()))
+            quantization = NF4(facts.block_size, facts.double_quant)
     if isinstance(quantization, str):
         if quantization != "nf4":
             raise PlanError(f"There is no quantization '{quantization}'. Give 'nf4', NF4(...) or None.")

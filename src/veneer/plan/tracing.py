@@ -20,7 +20,7 @@ from veneer.adapter import attach
 from veneer.counting import count_parameters
 from veneer.delta import Method
 from veneer.errors import PlanError
-from veneer.formats.nf4 import NF4Linear
+from veneer.formats.nf4_storage import Holder
 from veneer.methods import PromptTuning
 from veneer.ops.loss import chunk_length, summed_cross_entropy
 from veneer.optim.choosing import PAGED_FROM
@@ -152,9 +152,9 @@ def _count(config: Any, setting: Setting) -> Counts:
 
 
 def _largest(model: nn.Module, setting: Setting) -> int:
-    """Bytes of the largest packed weight, made dense."""
-    sizes = [m.in_features * m.out_features for m in model.modules() if isinstance(m, NF4Linear)]
-    return max(sizes, default=0) * setting.dtype.itemsize
+    """Bytes of the largest packed weight, made dense; of a stack, of one matrix, since each is made so alone."""
+    shapes = [facts.shape[-2:] for m in model.modules() if isinstance(m, Holder) for facts in m.facts.values()]
+    return max(map(math.prod, shapes), default=0) * setting.dtype.itemsize
 
 
 def _eight_bits(parameter: Tensor) -> float:
@@ -181,7 +181,9 @@ class _Counting(Live):
         self.calls += 1
         if packet is torch.ops.veneer.nf4_product:
             self.flops += 2.0 * args[0].numel() * math.prod(args[3]) / args[3][0 if args[-1] else 1]
-        elif packet is torch.ops.aten._grouped_mm:
+        elif packet in (torch.ops.veneer.nf4_grouped, torch.ops.veneer.grouped_product):
+            self.flops += 2.0 * args[0].numel() * out.shape[-1]
+        elif packet in (torch.ops.veneer.grouped_outer, torch.ops.aten._grouped_mm):
             self.flops += 2.0 * args[0].numel() * args[1].shape[-1]
         elif packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             self.flops += 10.0 * args[1].numel() * args[2].shape[-2]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,12 +28,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from veneer.errors import CorruptFile, FileError, PlaceError, VeneerError, WrongModel, listed
-from veneer.formats import nf4
-from veneer.formats.nf4 import NF4Linear
+from veneer.formats import experts, nf4_storage, of
+from veneer.formats.nf4_experts import STACKS, NF4Experts, holder
+from veneer.formats.nf4_storage import Holder
 from veneer.ops.nf4 import Packed
 from veneer.seams.transformers import head, note_quantized, save_language_model
 
 _NAME = "veneer_nf4"
+_FP4 = ".quant_state.bitsandbytes__fp4"
+_SOURCES = {
+    "weight": {f"weight{key}": key for key in (*nf4_storage.KEYS, _FP4)},
+    **{f".{name}": {rf"\.{name}{re.escape(key)}$": key for key in nf4_storage.KEYS} for name in STACKS},
+}
+"""By what a weight is called in a model: how its tensors are found in a checkpoint, each with its key there."""
 
 
 def config_of(source: str, revision: str | None) -> PreTrainedConfig:
@@ -80,10 +88,10 @@ def without_weights(config: PreTrainedConfig, model_class: Any) -> nn.Module:
 @register_quantization_config(_NAME)
 @dataclass
 class _Config(QuantizationConfigMixin):
-    """Which linears to pack while loading, and how; nothing where the checkpoint says so itself."""
+    """Which weights of which modules to pack while loading, and how; nothing where the checkpoint says so itself."""
 
     quant_method: Any = _NAME
-    paths: Sequence[str] = ()
+    paths: Mapping[str, Sequence[str]] = field(default_factory=dict)
     packing: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,93 +112,104 @@ class _Pack(ConversionOps):
         return {name: self._packed(model, name, _only(tensor)) for name, tensor in input_dict.items()}
 
     def _packed(self, model: nn.Module, name: str, weight: Tensor) -> Tensor:
-        path = name.removesuffix(".weight")
-        layer = model.get_submodule(path)
-        if not isinstance(layer, NF4Linear) or name == path:
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        if not isinstance(module, Holder) or parameter not in module.facts:
             return weight
-        shape = (layer.out_features, layer.in_features)
-        if tuple(weight.shape) != shape:
-            raise _Stop(WrongModel(f"{name} is {list(weight.shape)} in the checkpoint, not {list(shape)}."))
-        if not nf4.finite(weight):
+        facts = module.facts[parameter]
+        if tuple(weight.shape) != facts.shape:
+            raise _Stop(WrongModel(f"{name} is {list(weight.shape)} in the checkpoint, not {list(facts.shape)}."))
+        if not nf4_storage.finite(weight):
+            called = name.removesuffix(".weight")
             raise _Stop(
                 PlaceError(
-                    f"{path} has weights that are not finite, which no level can stand for. Mend the checkpoint."
+                    f"{called} has weights that are not finite, which no level can stand for. Mend the checkpoint."
                 )
             )
-        packed = nf4.pack(weight, layer.block_size, layer.double_quant)
-        return self.hf_quantizer.keep(path, packed, weight.dtype)
+        packed = nf4_storage.pack(weight, facts.block_size, facts.double_quant)
+        return self.hf_quantizer.keep(path, parameter, packed, weight.dtype)
 
 
 class _Read(ConversionOps):
-    """A weight that the checkpoint has in NF4, whose layer becomes an NF4Linear; others pass as they are."""
+    """A weight that the checkpoint has in NF4, whose module becomes a holder; others pass as they are."""
 
     def __init__(self, quantizer: _Quantizer) -> None:
         self.hf_quantizer = quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        tensors = {key: _only(tensor) for key, tensor in input_dict.items()}
+        (target,) = target_patterns
+        tensors = {_SOURCES[target][source]: _only(tensor) for source, tensor in input_dict.items()}
         if len(tensors) == 1 and all(tensor.is_floating_point() for tensor in tensors.values()):
-            return input_dict
-        path = full_layer_name.removesuffix(".weight")
-        layer = model.get_submodule(path)
+            return {target: next(iter(tensors.values()))}
+        path, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(path)
         try:
-            if not isinstance(layer, nn.Linear):
-                raise WrongModel(f"{path} is a {type(layer).__name__} in the model and NF4 in the checkpoint.")
-            packed, stored = nf4.unpack(tensors, full_layer_name)
-            if packed.shape != (layer.out_features, layer.in_features):
-                raise WrongModel(
-                    f"{full_layer_name} is {list(packed.shape)} in the checkpoint, "
-                    f"not {[layer.out_features, layer.in_features]}."
-                )
+            packed, stored = nf4_storage.unpack(tensors, full_layer_name)
+            dense = module._parameters.get(name)
+            if not isinstance(module, nn.Linear | NF4Experts) and type(of(module)) is not experts.Experts:
+                raise WrongModel(f"{path} is a {type(module).__name__} in the model and NF4 in the checkpoint.")
+            if dense is None or packed.shape != tuple(dense.shape):
+                shape = None if dense is None else list(dense.shape)
+                raise WrongModel(f"{full_layer_name} is {list(packed.shape)} in the checkpoint, not {shape}.")
         except VeneerError as error:
             raise _Stop(error) from None
-        parent, _, name = path.rpartition(".")
-        waiting = NF4Linear(layer, packed.block_size, packed.outer is not None)
-        waiting.wait()
-        model.get_submodule(parent)._modules[name] = waiting
-        return {"weight": self.hf_quantizer.keep(path, packed, stored)}
+        if isinstance(module, NF4Experts):
+            module.pack(name, packed.block_size, packed.outer is not None)
+        else:
+            above, _, own = path.rpartition(".")
+            packing = {"block_size": packed.block_size, "double_quant": packed.outer is not None}
+            model.get_submodule(above)._modules[own] = module = holder(module, [name], packing)
+        module.wait()
+        return {target: self.hf_quantizer.keep(path, name, packed, stored)}
 
 
 @register_quantizer(_NAME)
 class _Quantizer(HfQuantizer):
     """The magnitudes wait here until all is loaded: transformers empties every buffer that is in no checkpoint."""
 
-    serialized_names = {"weight": [*nf4.KEYS, "weight.quant_state.bitsandbytes__fp4"]}  # noqa: RUF012 - as in the base
+    serialized_names = {target: list(sources) for target, sources in _SOURCES.items()}  # noqa: RUF012 - as in the base
     quantization_config: _Config
-    waiting: dict[str, tuple[Packed, torch.dtype]]
+    waiting: dict[tuple[str, str], tuple[Packed, torch.dtype]]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.waiting = {}
-        for path in self.quantization_config.paths:
-            linear: Any = model.get_submodule(path)
-            layer = NF4Linear(linear, **self.quantization_config.packing)
-            layer.wait()
-            vars(layer)["_is_hf_initialized"] = True  # else a weight that the checkpoint lacks would be drawn at random
+        for path, names in self.quantization_config.paths.items():
+            module = holder(model.get_submodule(path), names, self.quantization_config.packing)
+            module.wait()
+            vars(module)["_is_hf_initialized"] = True  # else what the checkpoint lacks would be drawn at random
             parent, _, name = path.rpartition(".")
-            model.get_submodule(parent)._modules[name] = layer
+            model.get_submodule(parent)._modules[name] = module
 
     def __deepcopy__(self, memo: Any) -> _Quantizer:
         """A conversion is copied for each tensor, with its quantizer, which has to stay this one."""
         return self
 
-    def keep(self, path: str, packed: Packed, stored: torch.dtype) -> Tensor:
+    def keep(self, path: str, name: str, packed: Packed, stored: torch.dtype) -> Tensor:
         """Remember a weight's magnitudes; returns its bytes, which transformers puts in their place."""
-        self.waiting[path] = (packed, stored)
+        self.waiting[path, name] = (packed, stored)
         return packed.data
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for path, (packed, stored) in self.waiting.items():
-            model.get_submodule(path).hold(packed, stored)
+        for (path, name), (packed, stored) in self.waiting.items():
+            model.get_submodule(path).hold(name, packed, stored)
         self.waiting = {}
-        lost = [f"{path}.weight" for path, one in model.named_modules() if isinstance(one, NF4Linear) and one.waits]
+        holders = [(path, module) for path, module in model.named_modules() if isinstance(module, Holder)]
+        lost = [f"{path}.{name}" for path, module in holders for name in module.waiting]
         if lost:
             raise CorruptFile(f"The checkpoint has no {listed(lost)}. Restore it from where it came from.")
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(path), NF4Linear)
+        module = model.get_submodule(path)
+        return isinstance(module, Holder) and name in module.facts
 
     @property
     def quantized_element_size(self) -> float:
@@ -214,16 +233,16 @@ def load(
     source: str,
     config: PreTrainedConfig,
     model_class: Any,
-    paths: Sequence[str] | None,
+    paths: Mapping[str, Sequence[str]] | None,
     packing: Mapping[str, Any],
     *,
     revision: str | None,
     dtype: torch.dtype | str,
     device_map: Any,
 ) -> nn.Module:
-    """A model whose linears at `paths` are packed as they are read; None: the checkpoint is in NF4 already.
+    """A model whose weights are packed as they are read: for each path of a module the names of those of it to pack.
 
-    `packing` is how: `block_size`, `double_quant` and `kernel`.
+    None: the checkpoint is in NF4 already. `packing` is how: `block_size`, `double_quant` and `kernel`.
     """
     config = copy.deepcopy(config)
     stored = quantization(config) or {}
@@ -253,7 +272,7 @@ def load(
 
 
 def save(model: Any, folder: Path, source: str | None = None) -> None:
-    """Write a model with NF4 linears, and the tokenizer of its source, into a folder that appears when it is whole."""
+    """Write a model in NF4, and the tokenizer of its source, into a folder that appears when it is whole."""
     note_quantized(model)
     save_language_model(model, source, folder, as_read=not _fused_in_files(model))
 
@@ -264,8 +283,9 @@ def stored_bits(folder: Path) -> tuple[int, float] | None:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             keys = set(file.keys())
-            for name in (key.removesuffix(nf4.STATE) for key in keys if key.endswith(f".{nf4.STATE}")):
-                packed, _ = nf4.unpack({k: file.get_tensor(name + k) for k in nf4.KEYS if name + k in keys}, name)
+            for name in (key.removesuffix(nf4_storage.STATE) for key in keys if key.endswith(nf4_storage.STATE)):
+                tensors = {k: file.get_tensor(name + k) for k in nf4_storage.KEYS if name + k in keys}
+                packed, _ = nf4_storage.unpack(tensors, name)
                 weights += math.prod(packed.shape)
                 size += packed.size
     return (weights, 8 * size / weights) if weights else None
@@ -277,7 +297,8 @@ def _fused_in_files(model: Any) -> bool:
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
     converters: Any = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
-    packed = [f"{path}.weight" for path, module in model.named_modules() if isinstance(module, NF4Linear)]
+    holders = [(path, module) for path, module in model.named_modules() if isinstance(module, Holder)]
+    packed = [f"{path}.{name}" for path, module in holders for name in module.facts]
     return any(apply_converters(key, converters)[1] is not None for key in packed)
 
 
@@ -286,8 +307,9 @@ def _refuse_lost(source: str, model: nn.Module, missing: Sequence[str], dense: S
     lost = []
     for key in sorted(missing):
         path, _, name = key.rpartition(".")
-        linear = name == "weight" and type(model.get_submodule(path)) is nn.Linear
-        if linear and model.get_submodule(path) is not head(model) and path not in dense:
+        module = model.get_submodule(path)
+        linear = name == "weight" and type(module) is nn.Linear and module is not head(model)
+        if (linear and path not in dense) or (name in STACKS and isinstance(of(module), experts.Experts)):
             lost.append(key)
     if lost:
         raise CorruptFile(f"{source} has no {listed(lost)}. Restore it from where it came from.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from veneer import files, formats, site
 from veneer.errors import FileError
 from veneer.formats import dense
-from veneer.formats.nf4 import NF4Linear
+from veneer.formats.nf4_storage import Holder
 
 Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Callable[[], Any]], Any]
 
@@ -206,17 +206,17 @@ def kept_in_float32(model: Any) -> Callable[[str], bool]:
 def note_quantized(model: Any) -> None:
     """Say in a transformers model's config which of its linears are in NF4, so that its folder loads as such.
 
-    The words are bitsandbytes', whose checkpoint keys `NF4Linear` has.
+    The words are bitsandbytes', whose checkpoint keys a `Holder` has.
     """
     if not is_pretrained(model):
         return
-    packed = [module for _, module in site.base_modules(model) if isinstance(module, NF4Linear)]
+    packed = [facts for _, m in site.base_modules(model) if isinstance(m, Holder) for facts in m.facts.values()]
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": any(module.double_quant for module in packed),
+        "bnb_4bit_use_double_quant": any(facts.double_quant for facts in packed),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": _dense_linears(model),
