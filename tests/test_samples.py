@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import Dinov2Config, Dinov2Model
 
 from veneer.errors import MissingSample
-from veneer.samples import albert, named, packages, smollm2, verses, whole, word_problems
+from veneer.samples import albert, digits, dinov2, named, packages, smollm2, verses, whole, word_problems
 from veneer.samples.verses import Verse
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +96,60 @@ def test_the_rows_of_word_problems_are_conversations(cache):
         {"role": "user", "content": problem.question},
         {"role": "assistant", "content": problem.worked},
     ]
+
+
+# --- DINOv2 and digits
+
+
+def graph_of(model):
+    """An encoder as the package's graph holds it: matrices turned and without names, positions in two parts."""
+    tensors, nodes = {}, []
+    for name, weight in model.state_dict().items():
+        if name == "embeddings.position_embeddings":
+            for part, value in (("Concat", weight[:, :1]), ("Reshape", weight[:, 1:])):
+                tensors[f"onnx::{part}_1"] = value
+                nodes.append(onnx.helper.make_node(part, [f"onnx::{part}_1"], [part], f"/backbone/embeddings/{part}_5"))
+        elif weight.dim() == 2:
+            tensors[stored := f"onnx::MatMul_{len(tensors)}"] = weight.T
+            node = "/" + f"backbone.{name.removesuffix('.weight')}".replace(".", "/") + "/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["rows", stored], [name], node.replace("layer/", "layer.")))
+        else:
+            tensors[f"backbone.{name}"] = weight
+    tensors["decoder.final_conv.weight"] = torch.ones(1, 2, 1, 1)
+    stored = [onnx.numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in tensors.items()]
+    return onnx.helper.make_graph(nodes, "encoder", [], [], stored)
+
+
+def test_the_weights_of_an_encoder_are_found_in_its_graph():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(**sizes, use_mask_token=False))
+    found = dict(dinov2.weights(graph_of(model)))
+    assert found.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+
+
+def test_dinov2_small_has_its_sizes():
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Dinov2Model(dinov2.config()).parameters()) == 22_056_192
+
+
+def test_digits_are_pictures_in_a_folder_each(cache):
+    images, truths = load_digits(return_X_y=True)
+    files = sorted(digits.folder().rglob("*.png"), key=lambda file: file.name)
+    assert [int(file.parent.name) for file in files] == truths.tolist()
+    with Image.open(files[7]) as image:
+        assert image.size == (8, 8)
+        assert [round(pixel / 255 * 16) for pixel in image.tobytes()] == images[7].tolist()
+
+
+def test_an_archive_that_cannot_be_fetched_is_named():
+    with (
+        pytest.raises(MissingSample, match=r"no-such-archive==0 could not be fetched: .*no-such-archive"),
+        packages.archive("no-such-archive==0", "--no-index"),
+    ):
+        pass
 
 
 # --- whole files and folders

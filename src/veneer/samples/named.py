@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import MissingSample, closest
-from veneer.samples import minilm, sentiment, smollm2, verses, whole, word_problems
+from veneer.samples import digits, dinov2, minilm, sentiment, smollm2, verses, whole, word_problems
 
 PREFIX = "sample:"
 SYSTEM = "Rewrite in modern English."
@@ -61,6 +61,8 @@ def _conversation(*turns: tuple[str, str]) -> dict[str, Any]:
 _SAMPLES: dict[str, Callable[[], Path]] = {
     "sample:smollm2": smollm2.folder,
     "sample:minilm": minilm.folder,
+    "sample:dinov2": dinov2.folder,
+    "sample:digits": digits.folder,
     "sample:film-reviews": _rows("film-reviews.jsonl", _reviews),
     "sample:verses": _rows("verses.jsonl", lambda: _verses(held_out=False)),
     "sample:verses-held-out": _rows("verses-held-out.jsonl", lambda: _verses(held_out=True)),

