@@ -55,6 +55,7 @@ def entries(task: Task, steps: int) -> dict[str, Entry]:
         "LoRA-FA": Entry(veneer.LoRAFA(rank=8), 5e-3),
         "AdaLoRA": Entry(veneer.AdaLoRA(total_steps=steps, initial_rank=12, target_rank=8, orthogonality=0.1), 1e-2),
         "VeRA": Entry(veneer.VeRA(rank=256), 3e-2),
+        "LoHa": Entry(veneer.LoHa(rank=8), 2e-3),
         "HiRA": Entry(veneer.HiRA(rank=32), 5e-3),
         "MiSS": Entry(veneer.MiSS(rank=16), 2e-4),
         "SHiRA": Entry(veneer.SHiRA(rank=8, seed=0), 2e-3),

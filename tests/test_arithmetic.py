@@ -350,6 +350,7 @@ METHODS = {
     "PiSSA": veneer.LoRA(rank=3, init="pissa"),
     "AdaLoRA": veneer.AdaLoRA(total_steps=9, initial_rank=4, target_rank=2),
     "HiRA": veneer.HiRA(rank=2),
+    "LoHa": veneer.LoHa(rank=2),
     "MiSS": veneer.MiSS(rank=4),
     "SHiRA": veneer.SHiRA(rank=2),
     "BitFit": veneer.BitFit(),

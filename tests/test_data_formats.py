@@ -7,7 +7,8 @@ from templates import CHATML, byte_tokenizer, learned
 
 from veneer.errors import DataError
 from veneer.train.data import Data, prepare, recognize, sources
-from veneer.train.data.formats import FORMATS, Chat, Labelled, Preference, parse
+from veneer.train.data.formats import FORMATS, parse
+from veneer.train.data.kinds import Chat, Labelled, Preference
 from veneer.train.data.sources import Row
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}

@@ -251,6 +251,7 @@ def test_kin_of_lora_have_no_such_start(method):
         (veneer.MiSS(rank=64), 64 * 4096),
         (veneer.MiSS(rank=64, mini_rank=512), 64 * 512),
         (veneer.HiRA(rank=32), 32 * (4096 + 4096)),
+        (veneer.LoHa(rank=8), 2 * 8 * (4096 + 4096)),
         (veneer.SHiRA(rank=32), 32 * (4096 + 4096)),
         (veneer.AdaLoRA(total_steps=10, initial_rank=12), 12 * (4096 + 4096 + 1)),
         (veneer.LoRA(rank=8, init="pissa"), 8 * (4096 + 4096)),

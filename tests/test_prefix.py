@@ -256,6 +256,32 @@ def test_where_positions_are_learned_the_tokens_stand_at_the_first_ones():
     torch.testing.assert_close(answer(model, text()), expected, **CLOSE)
 
 
+def test_with_an_offset_learned_positions_go_on_behind_the_prefix():
+    model = FAMILIES["gpt2"].model()
+    expected = answer(model, text(torch.cat([FRONT.expand(3, -1), IDS], dim=1)))[:, LENGTH:]
+    before = answer(model, text())
+    adapter = veneer.attach(model, veneer.PrefixTuning(length=LENGTH, position_offset=LENGTH), name="a")
+    veneer.start_prefix(model, adapter, text(FRONT))
+    torch.testing.assert_close(answer(model, text()), expected, **CLOSE)
+    with veneer.use(model):
+        assert torch.equal(answer(model, text()), before)
+    with veneer.use(model, rows=["a", None, "a"]), pytest.raises(errors.RoutingError, match="moves the positions"):
+        answer(model, text())
+    table = veneer.attach(model, veneer.FullFineTuning(), where="wpe", name="table")
+    veneer.activate(model, "a", "table")
+    with pytest.raises(errors.RoutingError, match="changes the table of positions"):
+        answer(model, text())
+    veneer.detach(model, table)
+    veneer.detach(model, adapter)
+    assert torch.equal(answer(model, text()), before)
+
+
+@pytest.mark.parametrize(("family", "where"), [("llama", None), ("t5", None), ("gpt2", "h.1.*")])
+def test_an_offset_without_a_table_to_move_along_is_refused(family, where):
+    with pytest.raises(errors.MethodError, match="position_offset=3 moves tokens along a table"):
+        veneer.attach(FAMILIES[family].model(), veneer.PrefixTuning(length=3, position_offset=3), where)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_start_is_the_mean_over_rows_and_drops_nothing(family):
     model = FAMILIES[family].model().train()

@@ -285,9 +285,13 @@ class KeyValue(Delta):
 
     Where `apart` is set, delta(k, v) is its own positions alone: every query attends to them apart from the layer's own
     (a second softmax), and what comes out is added.
+
+    `position_offset` lets the base's tokens start so many positions further on, where positions are learned and the
+    place has the source "positions".
     """
 
     apart: ClassVar[bool] = False
+    position_offset: int = 0
 
     @abstractmethod
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...

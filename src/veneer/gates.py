@@ -64,8 +64,9 @@ class GatedAfter(Gate, After):
 class GatedKeyValue(Gate, KeyValue):
     """sigmoid(b) times what the inner delta puts in front; without any, as far from k and v as that says."""
 
-    def __init__(self, inner: Delta, place: Place) -> None:
+    def __init__(self, inner: KeyValue, place: Place) -> None:
         super().__init__(inner)
+        self.position_offset = inner.position_offset
         self.bias = nn.Parameter(torch.zeros(1, **place.new))
 
     def forward(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from veneer.errors import NoSuchPlace, PlaceError, UnreadableModel, closest, lis
 from veneer.formats.dense import Parameter
 from veneer.patterns import matcher
 from veneer.routes import Routes
-from veneer.seams import anatomy, attention, inputs, rotary, transformers, written
+from veneer.seams import anatomy, attention, inputs, positions, rotary, transformers, written
 
 ROLES = (
     *("attention", "attention.q", "attention.k", "attention.v", "attention.o"),
@@ -168,6 +168,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
     named = dict(site.base_modules(model))
     read = anatomy.read(model)
     found: dict[str, Place] = {}
+    learned = positions.sources(model, read.tables)
     shapes = {s.module: s.heads for s in read.sublayers if s.heads and not s.registered}
     refused = written.check(model, shapes)
     for sublayer in read.sublayers:
@@ -185,6 +186,7 @@ def _attentions(model: nn.Module) -> dict[str, Place]:
                 layer=read.layer(sublayer.ends.blocks),
                 turn=functools.partial(rotary.turn, model, sublayer.module),
                 projections=_projections(sublayer, projections),
+                sources={} if found else learned,  # the first moves the tokens for all
             )
     return found
 

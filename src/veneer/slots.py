@@ -1,7 +1,8 @@
 """Positions of an adapter's own in front of an attention's keys and values: what prefixes are made of.
 
 The keys are used as they are, without rotation, and the base's tokens keep their positions: no part of the context
-window is lost, and caches hold the base's own keys only.
+window is lost, and caches hold the base's own keys only. With a position offset they start further on, as if the slots
+were tokens before them.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from veneer.delta import KeyValue, Place
 class Slots(KeyValue):
     """Trained keys [kv_heads, length, key width] and values [kv_heads, length, value width]."""
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, position_offset: int = 0) -> None:
         super().__init__()
+        self.position_offset = position_offset
         self.key = nn.Parameter(key)
         self.value = nn.Parameter(value)
 
@@ -32,8 +34,9 @@ class MLPSlots(KeyValue):
 
     shared: PrefixMLP
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, position_offset: int = 0) -> None:
         super().__init__()
+        self.position_offset = position_offset
         self.path, self.shape = place.path, place.shape
         self.borrow(shared=place.shared)
 
@@ -51,7 +54,7 @@ class MLPSlots(KeyValue):
     def folded(self) -> Slots:
         """The same keys and values without the network."""
         key, value = self.computed()
-        return Slots(key.contiguous(), value.contiguous())
+        return Slots(key.contiguous(), value.contiguous(), self.position_offset)
 
 
 class PrefixMLP(nn.Module):

@@ -36,13 +36,21 @@ KINDS = {
     "scaled": ("Llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
                                              "original_max_position_embeddings": 512}}),
 }  # fmt: skip
+LEARNED = {
+    "gpt2": ("GPT2", {}),
+    "gpt_neo": ("GPTNeo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2, "window_size": 64}),
+    "opt": ("OPT", {"word_embed_proj_dim": SIZES["hidden_size"]}),
+    "biogpt": ("BioGpt", {}),
+}
+"""Positions are a table; where a mask is given, OPT and BioGPT count them off it."""
+KINDS |= LEARNED
 
 
 def base(kind: str) -> nn.Module:
     name, sizes = KINDS[kind]
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **{**SIZES, **TOKENS, **sizes})
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
+    return transformers.AutoModelForCausalLM.from_config(config).double().eval()
 
 
 def wrapped(model: nn.Module, **options) -> nn.Module:
@@ -78,7 +86,9 @@ def test_the_same_numbers_give_the_same_logits_and_gradients(kind, tmp_path):
 def test_peft_opens_our_folder(kind, tmp_path):
     model = base(kind)
     ours = copy.deepcopy(model)
-    adapter = veneer.attach(ours, veneer.PrefixTuning(length=LENGTH, std=0.5))
+    adapter = veneer.attach(
+        ours, veneer.PrefixTuning(length=LENGTH, std=0.5, position_offset=LENGTH * (kind in LEARNED))
+    )
     perturb(adapter)
     veneer.save(adapter, tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(tmp_path)).double().eval()
@@ -132,11 +142,26 @@ def test_what_peft_cannot_hold_is_saved_in_our_own_file(family, where, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"veneer.json", "veneer.safetensors"}
 
 
-def test_learned_positions_are_refused_by_name(tmp_path):
-    model = FAMILIES["gpt2"].model()
+@pytest.mark.parametrize("kind", LEARNED)
+def test_padding_and_a_cache_find_the_learned_positions(kind, tmp_path):
+    model = base(kind)
+    theirs = wrapped(model)
+    theirs.save_pretrained(tmp_path)
+    ours = copy.deepcopy(model)
+    veneer.load(ours, tmp_path)
+    batch = text() | {"attention_mask": torch.ones_like(text()["input_ids"])}
+    batch["attention_mask"][0, :2] = 0
+    greedy = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(**batch, **greedy), theirs.generate(**batch, **greedy))
+
+
+def test_positions_of_neither_kind_are_refused_by_name(tmp_path):
+    model = base("llama")
     wrapped(model).save_pretrained(tmp_path)
-    with pytest.raises(errors.FileError, match=r"starts the text at position 3.*GPT2LMHeadModel does not rotate keys"):
-        veneer.load(model, tmp_path)
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=SIZES["hidden_size"], n_layer=2, n_head=4)
+    bloom = transformers.BloomForCausalLM(config)
+    with pytest.raises(errors.FileError, match=r"starts the text at position 3.*BloomForCausalLM does not rotate keys"):
+        veneer.load(bloom, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""AdaLoRA, MiSS, HiRA and SHiRA compute what Hugging Face PEFT's do, and either reads the other's files."""
+"""AdaLoRA, MiSS, HiRA, SHiRA and LoHa compute what Hugging Face PEFT's do, and either reads the other's files."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ CASES = {
         lambda **more: peft.MissConfig(r=8, mini_r=4, init_weights="mini", **more),
         veneer.MiSS(rank=8, mini_rank=4),
     ),
+    "LoHa": (lambda **more: peft.LoHaConfig(r=3, alpha=6, **more), veneer.LoHa(rank=3, alpha=6.0)),
     "HiRA": (lambda **more: peft.HiraConfig(r=4, **more), veneer.HiRA(rank=4)),
     "SHiRA": (lambda **more: peft.ShiraConfig(r=2, random_seed=3, **more), veneer.SHiRA(rank=2, seed=3)),
 }

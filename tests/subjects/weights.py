@@ -18,6 +18,7 @@ SUBJECTS = {
     ),
     "IA3": Subject(veneer.IA3(), families=CALLED),
     "LayerNormTuning": Subject(veneer.LayerNormTuning(), impossible=ROWS),
+    "LoHa": Subject(veneer.LoHa(rank=3, alpha=6.0)),
     "LoRAFA": Subject(veneer.LoRAFA(rank=4)),
     "OFT": Subject(veneer.OFT(block_size=8)),
     "OFT-share": Subject(veneer.OFT(block_size=16, block_share=True, num_cayley_neumann_terms=5)),

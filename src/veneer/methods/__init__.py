@@ -13,6 +13,7 @@ from veneer.methods.ia3 import IA3
 from veneer.methods.invertible import InvertibleAdapter
 from veneer.methods.layer_norm import LayerNormTuning
 from veneer.methods.llama_adapter import LLaMAAdapter
+from veneer.methods.loha import LoHa
 from veneer.methods.lora import LoRA
 from veneer.methods.lora_fa import LoRAFA
 from veneer.methods.miss import MiSS
@@ -38,6 +39,7 @@ __all__ = [
     "InvertibleAdapter",
     "LLaMAAdapter",
     "LayerNormTuning",
+    "LoHa",
     "LoRA",
     "LoRAFA",
     "MiSS",

@@ -34,6 +34,8 @@ class PrefixTuning(Method):
         reparameterization: train through the network; steadier at large learning rates, many more parameters.
         hidden: width of the network.
         std: spread of the normal numbers that P_K and P_V start from; `veneer.start_prefix` starts from real tokens.
+        position_offset: where the base's tokens start in a table of learned positions, as in GPT-2 and OPT. PEFT starts
+            them at `length`; its file is read and written with that.
 
     Cost:
         length · kv heads · (key width + value width) parameters a place: 491,520 for length 10 on GPT-2 medium. Every
@@ -44,7 +46,7 @@ class PrefixTuning(Method):
         Not possible: it acts on activations.
 
     Errors:
-        MethodError for an option that would change nothing.
+        MethodError for an option that would change nothing; RoutingError where rows of a batch differ in their offset.
 
     Paper:
         Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021, arXiv:2101.00190.
@@ -57,16 +59,18 @@ class PrefixTuning(Method):
     reparameterization: bool = False
     hidden: Count = 512
     std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    position_offset: Annotated[int, Field(ge=0)] = 0
     unit: ClassVar[Unit] = "attention"
     default_where: ClassVar[str] = "attention"
     learning_rate: ClassVar[float] = 5e-3
 
     def build(self, place: Place) -> Delta:
+        offset = self.position_offset if "positions" in place.sources else 0
         if self.reparameterization:
-            return MLPSlots(place)
+            return MLPSlots(place, offset)
         heads, *widths = place.shape
         key, value = (torch.randn(heads, self.length, width, **place.new) * self.std for width in widths)
-        return Slots(key, value)
+        return Slots(key, value, offset)
 
     def share(self, places: Sequence[Place]) -> nn.Module | None:
         if not self.reparameterization:
@@ -77,7 +81,7 @@ class PrefixTuning(Method):
     def folded(self, delta: Delta) -> tuple[Method, Delta]:
         if not isinstance(delta, MLPSlots):
             return self, delta
-        return PrefixTuning(self.length), delta.folded()
+        return PrefixTuning(self.length, position_offset=self.position_offset), delta.folded()
 
     def check(self, places: Sequence[Place]) -> None:
         idle, default = ("std", 0.02) if self.reparameterization else ("hidden", 512)
@@ -85,4 +89,9 @@ class PrefixTuning(Method):
             raise MethodError(
                 f"{idle}={vars(self)[idle]} changes nothing with reparameterization={self.reparameterization}. "
                 f"Leave {idle} out."
+            )
+        if self.position_offset and not any("positions" in place.sources for place in places):
+            raise MethodError(
+                f"position_offset={self.position_offset} moves tokens along a table of learned positions, which a "
+                "prefix at the model's first attention does where there is one. Leave position_offset out."
             )

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from veneer import site
 from veneer.delta import KeyValue
-from veneer.seams import written
+from veneer.seams import positions, written
 from veneer.seams.widening import Call
 
 _original: Callable[..., Any] | None = None
@@ -55,13 +55,15 @@ def ensure_wrapped(module: nn.Module, args: tuple[Any, ...]) -> None:
 def hooks(module: nn.Module, here: site.Site) -> list[RemovableHandle]:
     """The hooks of a module whose keys and values change: through the registry, or in the model's own code."""
     own = next((b.attends for bindings in here.bindings.values() for b in bindings if b.attends), None)
+    moved = positions.hooks(here)
     if own is None:
-        return [module.register_forward_pre_hook(ensure_wrapped)]
+        return [module.register_forward_pre_hook(ensure_wrapped), *moved]
     open_: list[written.Widening] = []
     front = functools.partial(site.key_value, here)
     return [
         module.register_forward_pre_hook(functools.partial(written.enter, shape=own, front=front, open_=open_)),
         module.register_forward_hook(functools.partial(written.leave, open_=open_), always_call=True),
+        *moved,
     ]
 
 

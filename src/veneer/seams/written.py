@@ -199,7 +199,8 @@ def _try(model: nn.Module, shapes: Mapping[str, Shape]) -> str:
     slots = {}
     for path, (heads, *widths) in shapes.items():
         numbers = [torch.randn(heads, 3, width, generator=generator) for width in widths]
-        slots[path] = Slots(*(x.to(weight.device, torch.promote_types(weight.dtype, x.dtype)) for x in numbers))
+        key, value = (x.to(weight.device, torch.promote_types(weight.dtype, x.dtype)) for x in numbers)
+        slots[path] = Slots(key, value)
     trained = [p for one in slots.values() for p in one.parameters()]
     inputs = {name: tensor.to(weight.device) for name, tensor in probe.inputs(model).items()}
     changed = dict(inputs)

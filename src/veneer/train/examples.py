@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from veneer.errors import TemplateError
 from veneer.train.data.chat import Template, plain_ids
-from veneer.train.data.formats import Message
+from veneer.train.data.kinds import Message
 from veneer.train.labels import Encoded
 
 

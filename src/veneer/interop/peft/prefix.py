@@ -1,9 +1,9 @@
 """PEFT's PREFIX_TUNING files: one tensor `prompt_embeddings` [length, layers · 2 · kv heads · head width].
 
 PEFT seeds the cache with the prefix, so that the text starts at position `length`; here it starts at 0. In models that
-rotate keys by their position the two are one prefix, turned by `length` positions. Where positions are learned nothing
-in the prefix can make up for the shift, so those models have no such file. Two differences are left: PEFT's prefix
-slides out of a sliding window, and uses up positions of the context.
+rotate keys by their position the two are one prefix, turned by `length` positions. Where positions are learned, tokens
+start at `length` here too if the prefix has that as its `position_offset`; a prefix without it has no such file. Two
+differences are left where keys are turned: PEFT's prefix slides out of a sliding window, and uses up positions.
 """
 
 from __future__ import annotations
@@ -31,10 +31,17 @@ def to_tensors(claims: Sequence[Claim]) -> dict[str, Tensor]:
     """All layers' keys and values in one tensor, the keys turned to PEFT's positions."""
     parts = []
     for claim, slots in _layers(claims):
+        length = slots.key.shape[1]
+        learned = _offset(claim)
+        if learned not in (0, length):
+            raise NotInPEFT(f"PEFT starts the text at position {length}, and this prefix at {learned}")
         try:
-            parts += [claim.place.turned(slots.key, slots.key.shape[1]), slots.value.detach()]
+            parts += [slots.key.detach() if learned else claim.place.turned(slots.key, length), slots.value.detach()]
         except UnreadableModel as error:
-            raise NotInPEFT(f"PEFT starts the text at another position: {error}") from None
+            raise NotInPEFT(
+                f"PEFT starts the text at position {length}: {error} Where positions are learned, train with "
+                f"PrefixTuning(length={length}, position_offset={length})"
+            ) from None
     return {KEY: torch.stack(parts).permute(2, 0, 1, 3).flatten(1)}
 
 
@@ -44,7 +51,7 @@ def from_tensors(claims: Sequence[Claim], tensors: dict[str, Tensor]) -> None:
     heads, length, _ = layers[0][1].key.shape
     parts = tensors[KEY].unflatten(1, (2 * len(layers), heads, -1)).permute(1, 2, 0, 3)
     for (claim, slots), key, value in zip(layers, parts[::2], parts[1::2], strict=True):
-        fill(slots.key, claim.place.turned(key, -length))
+        fill(slots.key, key if _offset(claim) else claim.place.turned(key, -length))
         fill(slots.value, value)
 
 
@@ -78,15 +85,24 @@ def from_config(model: nn.Module, config: dict[str, Any], keys: set[str], file: 
     if config.get("num_transformer_submodules") not in (None, 1) or not transformers.is_decoder(model):
         raise FileError(f"{file} is read for decoder-only models; {type(model).__name__} is none.")
     found = places.find(model, "attention", "attention")
+    here: list[tuple[str, Any]] = [(place.path, None) for place in found]
+    if "positions" in found[0].sources:
+        return [Entry(PrefixTuning(length=length, position_offset=length), "attention", here)]
     try:
         for place in found:
             place.turned(torch.zeros(place.shape[0], 1, place.shape[1]), -length)
     except PlaceError as error:
         raise FileError(
-            f"{file}: PEFT starts the text at position {length}, which a prefix can make up for only where keys are "
-            f"rotated by their position. {error} Train the prefix with Veneer."
+            f"{file}: PEFT starts the text at position {length}, which a prefix can make up for only where positions "
+            f"are learned or rotate the keys. {error} Train the prefix with Veneer."
         ) from None
-    return [Entry(PrefixTuning(length=length), "attention", [(place.path, None) for place in found])]
+    return [Entry(PrefixTuning(length=length), "attention", here)]
+
+
+def _offset(claim: Claim) -> int:
+    """Where the tokens start under this prefix."""
+    method = claim.method
+    return method.position_offset if isinstance(method, PrefixTuning) else 0
 
 
 def _layers(claims: Sequence[Claim]) -> list[tuple[Claim, Slots]]:

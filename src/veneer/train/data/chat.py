@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from veneer.errors import TemplateError
-from veneer.train.data.formats import Message
+from veneer.train.data.kinds import Message
 from veneer.train.labels import IGNORED, Encoded
 
 PLAIN = (

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from veneer.errors import DataError, closest, listed
 from veneer.train.data.chat import Template, in_parts, plain_ids
-from veneer.train.data.formats import (
+from veneer.train.data.kinds import (
     Chat,
     Completion,
     Example,

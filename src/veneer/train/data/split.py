@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from veneer.train.data.formats import Example
+from veneer.train.data.kinds import Example
 
 SPACE = re.compile(r"\s+")
 
