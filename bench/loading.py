@@ -1,10 +1,11 @@
 """How much memory does loading in four bits take? Veneer beside transformers with bitsandbytes, from one folder.
 
-    .venv/bin/python bench/loading.py
+    .venv/bin/python bench/loading.py [--full]
 
 A Llama with random weights is written in bfloat16, in shards of 500 MB, and loaded by each in a process of its own.
 Prints the greatest resident memory above what the libraries take, and what is left afterwards: pages of the process's
-own, and pages of the mapped files, which the kernel may take back where memory is short.
+own, and pages of the mapped files, which the kernel may take back where memory is short. The Llama has four blocks of
+width 2,048, with --full twelve.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ def write(folder: Path, layers: int, width: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=12)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="twelve blocks")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SMALL", "LARGE"), help="one measurement, for itself")
     options = parser.parse_args()
@@ -75,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         small, large = Path(scratch, "small"), Path(scratch, "large")
         write(small, 1, 64)
-        largest = write(large, options.layers, options.width)
+        largest = write(large, 12 if options.full else 4, options.width)
         size = sum(path.stat().st_size for path in large.glob("*.safetensors"))
         for way in WAYS:
             command = [sys.executable, __file__, "--measure", way, str(small), str(large)]

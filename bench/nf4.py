@@ -1,14 +1,15 @@
 """How fast is NF4 made dense, packed and multiplied by on a CPU? Each kernel beside a copy and beside bitsandbytes.
 
-    .venv/bin/python bench/nf4.py
+    .venv/bin/python bench/nf4.py [--full]
 
 Everything is measured in turns, so that what else the machine does falls on all alike: medians, with the quartiles in
-brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock. The
-figures of a named machine are kept in bench/results/.
+brackets. One thread is measured by its processor time, which other programs hardly lengthen, two by the clock: with
+--full alone, as is the product of many tokens. The figures of a named machine are kept in bench/results/.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import statistics
@@ -30,7 +31,7 @@ SIZE = 4096
 ROUNDS = 7
 SECONDS = 2.0
 """At the most for one row of a table, once each of its columns was measured three times."""
-TOKENS = (1, 16, 512)
+TOKENS, MANY = (1, 16), 512
 DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -159,8 +160,12 @@ def processor() -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help=f"two threads too, and {MANY} tokens")
+    asked = parser.parse_args()
     torch.manual_seed(0)
-    counts = [count for count in (1, 2) if count <= (os.cpu_count() or 1)]
+    counts = [count for count in (1, 2) if count <= (os.cpu_count() or 1)] if asked.full else [1]
+    sizes = (*TOKENS, MANY) if asked.full else TOKENS
     weight = torch.randn(SIZE, SIZE) * 0.02
     packed = nf4.quantize(weight)
     load = os.getloadavg()[0]
@@ -177,7 +182,7 @@ def main() -> None:
             torch.set_num_threads(count)
             makes.append(dense(packed, dtype))
             packs.append(packing(weight.to(dtype)))
-            products += [product(modules, dtype, tokens) for tokens in TOKENS]
+            products += [product(modules, dtype, tokens) for tokens in sizes]
         torch.set_num_threads(1)
         plain.append(slow(packed, dtype))
     print(f"{processor()}, {os.cpu_count()} cores, {nf4_cpu.VECTORS[nf4_cpu.vectors()]}; load {load:.1f} before,")

@@ -1,11 +1,12 @@
 """Is what a plan says what a step takes? Predicted against measured, on this machine's CPU.
 
-    .venv/bin/python bench/plan.py [--results FILE]
+    .venv/bin/python bench/plan.py [--full] [--results FILE]
 
 First the bytes that autograd saves for backward: every method on six architectures, counted on the meta device from two
 depths, beside the same count of a real step on the CPU (torch's hooks, each storage once). Then the highest resident
 size (VmHWM) of two real training steps with AdamW, each in a process of its own, beside the predicted peak, whose
-overhead is that process itself before the model is built. Prints both tables; --results keeps them as Markdown.
+overhead is that process itself before the model is built. Two of the architectures, and LoRA on one model; with --full
+all. Prints both tables; --results keeps them as Markdown.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ PEAKS: dict[str, Any] = {
     "bert": (BertConfig, "BertForMaskedLM", WIDE),
 }
 WAYS = (("full", False), ("lora", False), ("lora", True), ("qlora", False), ("prefix", False))
+FEW, FEW_PEAKS, FEW_WAYS = ("llama (grouped heads)", "t5"), ("llama",), (("lora", False), ("lora", True))
 ROWS, TOKENS, WIDE_TOKENS, VOCABULARY = 2, 32, 256, 4096
 
 
@@ -80,10 +83,10 @@ def real(found: Any, wanted: tracing.Setting) -> tuple[Any, dict[str, torch.Tens
     return model, {key: torch.ones(ids.shape, dtype=ids.dtype) for key, ids in ghost.items()}
 
 
-def saved() -> list[tuple[str, str, bool, int, int]]:
+def saved(families: Iterable[str]) -> list[tuple[str, str, bool, int, int]]:
     """(family, method, checkpointing, predicted, measured) bytes."""
     rows = []
-    for family in SMALL:
+    for family in families:
         for name in lines.every():
             for checkpointing in (False, True):
                 found, wanted = config(SMALL, family), setting(name, TOKENS, checkpointing)
@@ -121,11 +124,13 @@ def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
     return {"before": before, "predicted": said, "measured": status()}
 
 
-def peaks() -> list[tuple[str, str, bool, dict[str, float], dict[str, float]]]:
+def peaks(
+    families: Iterable[str], ways: Iterable[tuple[str, bool]]
+) -> list[tuple[str, str, bool, dict[str, float], dict[str, float]]]:
     """(model, method, checkpointing, with malloc as it is, with a malloc that gives memory back)."""
     rows = []
-    for family in PEAKS:
-        for name, checkpointing in WAYS:
+    for family in families:
+        for name, checkpointing in ways:
             if (family, name) == ("gpt2", "qlora"):
                 continue  # its weights are no linears
             command = [sys.executable, __file__, "--only", family, name, str(int(checkpointing))]
@@ -137,9 +142,9 @@ def peaks() -> list[tuple[str, str, bool, dict[str, float], dict[str, float]]]:
     return rows
 
 
-def page() -> str:
+def page(full: bool) -> str:
     mib, text = 2**20, []
-    found = saved()
+    found = saved(SMALL if full else FEW)
     errors = [abs(said / got - 1) for *_, said, got in found]
     text += [
         f"## Saved for backward: {len(found)} steps, {ROWS} × {TOKENS} tokens, float32",
@@ -149,13 +154,13 @@ def page() -> str:
         "| architecture | methods | MiB, least to most | with checkpointing | largest error |",
         "|---|---|---|---|---|",
     ]
-    for family in SMALL:
+    for family in SMALL if full else FEW:
         mine = [row for row in found if row[0] == family]
         spans = [[row[4] / mib for row in mine if row[2] is ck] for ck in (False, True)]
         worst = max(abs(said / got - 1) for *_, said, got in mine)
         cells = [f"{min(span):.2f} to {max(span):.2f}" for span in spans]
         text.append(f"| {family} | {len({row[1] for row in mine})} | {cells[0]} | {cells[1]} | {worst:.4%} |")
-    rows = peaks()
+    rows = peaks(PEAKS, WAYS) if full else peaks(FEW_PEAKS, FEW_WAYS)
     text += [
         "",
         f"## Highest resident size: two steps with AdamW, {ROWS} × {WIDE_TOKENS} tokens, float32, one thread",
@@ -191,12 +196,13 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs=3, metavar=("MODEL", "METHOD", "CHECKPOINTING"), help="in this process")
+    parser.add_argument("--full", action="store_true", help="all architectures, models and ways")
     parser.add_argument("--results", type=Path, help="a Markdown file for the tables")
     asked = parser.parse_args()
     if asked.only:
         print(json.dumps(measure(asked.only[0], asked.only[1], asked.only[2] == "1")))
         return
-    text = page()
+    text = page(asked.full)
     print(text)
     if asked.results:
         asked.results.write_text(text, encoding="utf-8")

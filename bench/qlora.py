@@ -1,11 +1,12 @@
 """What does training on a four-bit base cost in accuracy, memory and time? LoRA on MiniLM stored in seven ways.
 
-    .venv/bin/python bench/qlora.py [--quick] [--steps 60] [--seeds 1]
+    .venv/bin/python bench/qlora.py [--full] [--seeds 1]
 
 The linears of the blocks are stored in float32, in Veneer's NF4 (with and without double quantization), in
 bitsandbytes' FP4, and in torchao's int4, with and without zero points; LoftQ starts LoRA from what NF4 lost. All see
 the same sentences from the same start. The error is |W - Q| / |W| in the Frobenius norm, the mean over the linears.
-Prints Markdown. Int4 with zero points is not trained on: its float32 product on a CPU takes minutes a batch.
+Int4 with zero points is not trained on: its float32 product on a CPU takes minutes a batch. A few steps and held-out
+sentences; with --full 60 and 1,000. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import veneer
 from veneer import formats
 from veneer.train.machine import fitting_threads
 
-STEPS, LONGEST, LR, BLOCK = 60, 32, 2e-3, 64
+STEPS, FEW_STEPS, FEW_HELD_OUT, LONGEST, LR, BLOCK = 60, 12, 200, 32, 2e-3, 64
 
 
 def nf4(model: Any) -> Any:
@@ -73,9 +74,8 @@ BASES: dict[str, tuple[Callable[[Any], Any], str]] = {
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int)
+    parser.add_argument("--full", action="store_true", help=f"{STEPS} steps, {HELD_OUT} held-out sentences")
     parser.add_argument("--seeds", type=int, default=1, help="how many orders of the sentences, and starts of LoRA")
-    parser.add_argument("--quick", action="store_true", help="a few steps of short sentences")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -85,11 +85,8 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """One row a way to store the base."""
-    steps = options.steps or (4 if options.quick else STEPS)
-    tasks = [
-        Task(steps, 100 if options.quick else HELD_OUT, 16 if options.quick else LONGEST, seed)
-        for seed in range(options.seeds)
-    ]
+    steps, held_out = (STEPS, HELD_OUT) if options.full else (FEW_STEPS, FEW_HELD_OUT)
+    tasks = [Task(steps, held_out, LONGEST, seed) for seed in range(options.seeds)]
     dense = {path: linear.weight for path, linear in linears(tasks[0].model()).items()}
     numbers = sum(weight.numel() for weight in dense.values())
     others = sum(4 * p.numel() for p in tasks[0].model().parameters()) - 4 * numbers

@@ -1,12 +1,13 @@
 """Does a 4-bit base learn as well, and what does merging into it cost? LoRA and QLoRA on SmolLM2 and the verses.
 
-    .venv/bin/python bench/qlora_verses.py [--steps 60] [--out results.json]
+    .venv/bin/python bench/qlora_verses.py [--full] [--out results.json]
 
 The same LoRA is trained on the bfloat16 model and on the same model in NF4, on the same batches: in blocks of 64 as
 QLoRA has it, and of 32; started at zero, and as LoftQ starts it, from what quantizing took. Then the plain QLoRA
 adapter is merged: in bfloat16 with the sum kept dense and rounded to NF4 again, in float32 kept dense. Each is compared
 with the unmerged model on the answers to held-out verses. SmolLM2 has weights on a 4-bit grid to begin with: this
-checks that training works on NF4, not how good NF4 is.
+checks that training works on NF4, not how good NF4 is. The first two bases, four steps and four verses; with --full all
+bases, 60 steps and 100 verses.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from veneer.train import Recipe, encode, fit
 from veneer.train.judge import Judge
 from veneer.train.machine import fitting_threads, versions
 
-HELD_OUT, BATCH, SEED, RATE = 100, 8, 0, 3e-3
+BATCH, SEED, RATE = 8, 0, 3e-3
 BASES = (
     ("LoRA, bfloat16", None, False),
     ("QLoRA, NF4", veneer.NF4(), False),
@@ -43,21 +44,22 @@ BASES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--full", action="store_true", help="all bases, 60 steps, 100 held-out verses")
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     console = Console()
     with fitting_threads(), tempfile.TemporaryDirectory() as scratch:
-        found = compare(options.steps, Path(scratch), console)
+        found = compare(options.full, Path(scratch), console)
     if options.out:
         options.out.write_text(json.dumps(found | {"versions": versions()}, indent=2) + "\n")
 
 
-def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
+def compare(full: bool, scratch: Path, console: Console) -> dict[str, Any]:
+    steps, judged = (60, 100) if full else (4, 4)
     training: dict[str, dict[str, float]] = {}
-    for name, quantizer, start_near in BASES:
+    for name, quantizer, start_near in BASES if full else BASES[:2]:
         chat = load(torch.bfloat16)
-        judge = held_out(chat)
+        judge = held_out(chat, judged)
         torch.manual_seed(SEED)
         if quantizer is not None and start_near:
             adapter, repair = veneer.quantize_around(chat.model, quantizer, replace(METHOD, init="loftq"))
@@ -82,14 +84,14 @@ def compare(steps: int, scratch: Path, console: Console) -> dict[str, Any]:
     for name, row in training.items():
         console.print(f"{name}: {row['after'] / plain - 1:+.2%} from LoRA's loss")
     merging = {
-        title: merge(scratch / "QLoRA, NF4", dtype, requantize)
+        title: merge(scratch / "QLoRA, NF4", judged, dtype, requantize)
         for title, dtype, requantize in (
             ("bfloat16, kept dense", torch.bfloat16, False),
             ("bfloat16, NF4 again", torch.bfloat16, True),
             ("float32, kept dense", torch.float32, False),
         )
     }
-    table = Table("merged", "max |Δ logit|", "mean", "KL", "same token", f"same answers of {HELD_OUT}")
+    table = Table("merged", "max |Δ logit|", "mean", "KL", "same token", f"same answers of {judged}")
     for title, row in merging.items():
         figures = [f"{row[key]:.3g}" for key in ("largest", "mean", "divergence")]
         table.add_row(title, *figures, f"{row['same_top']:.2%}", f"{row['same_answers']}")
@@ -101,9 +103,9 @@ def load(dtype: torch.dtype) -> Chat:
     return smollm2.load(smollm2.folder(), dtype=dtype)
 
 
-def held_out(chat: Chat) -> Judge:
+def held_out(chat: Chat, count: int) -> Judge:
     split = verses.split(SEED)
-    return Judge(chat, [example(verse) for verse in choose(split.held_out, HELD_OUT, SEED)], NEW_TOKENS)
+    return Judge(chat, [example(verse) for verse in choose(split.held_out, count, SEED)], NEW_TOKENS)
 
 
 def train(chat: Chat, adapter: veneer.Adapter, judge: Judge, steps: int, console: Console) -> None:
@@ -111,16 +113,16 @@ def train(chat: Chat, adapter: veneer.Adapter, judge: Judge, steps: int, console
     fit(chat.model, adapter, rows, judge.collator, Recipe(steps, BATCH, RATE, seed=SEED), console=console)
 
 
-def merge(folder: Path, dtype: torch.dtype, requantize: bool) -> dict[str, Any]:
+def merge(folder: Path, judged: int, dtype: torch.dtype, requantize: bool) -> dict[str, Any]:
     """What merging changes in the logits of all held-out answers, and in what is written greedily."""
     chat = load(dtype)
     veneer.quantize(chat.model, veneer.NF4())
-    judge = held_out(chat)
+    judge = held_out(chat, judged)
     adapter = veneer.load(chat.model, folder)
-    logits, answers = judge.logits(chat.model, HELD_OUT), judge.answers(chat.model, HELD_OUT)
+    logits, answers = judge.logits(chat.model, judged), judge.answers(chat.model, judged)
     veneer.merge(chat.model, adapter, requantize=requantize)
-    moved = drift.between(logits, judge.logits(chat.model, HELD_OUT))
-    same = sum(a == b for a, b in zip(answers, judge.answers(chat.model, HELD_OUT), strict=True))
+    moved = drift.between(logits, judge.logits(chat.model, judged))
+    same = sum(a == b for a, b in zip(answers, judge.answers(chat.model, judged), strict=True))
     return asdict(moved) | {"same_answers": same}
 
 

@@ -6,7 +6,6 @@ the same as a table, laws-DATE.md. Fails where a law failed.
 
 import datetime
 import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import law_page
+import machine
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -32,13 +32,6 @@ class Recorder:
         """A case has run, or its preparation failed."""
         if report.when == "call" or report.failed:
             self.reports.append(report)
-
-
-def machine() -> str:
-    """The processor and how many of it, in words."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} processors, {platform.system()}"
 
 
 def gather(outcomes: Sequence[tuple[tuple[str, str, str], pytest.TestReport]]) -> dict[str, Any]:
@@ -103,7 +96,7 @@ def main(arguments: Sequence[str]) -> int:
     outcomes = [(case, found[key]) for key, case in cases.items() if key in found]
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
+        "machine": machine.words(),
         "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
         "cases": len(outcomes),
         "seconds": round(sum(report.duration for _, report in outcomes), 1),
