@@ -68,7 +68,7 @@ def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):
             ". holds no recipe.yaml, so no recipe made it. Name a folder such as runs/x/adapter.",
         ),
         (["generate", "."], "Give a prompt or --file, one of the two."),
-        (["recipes", "show", "vrses"], "'vrses' is no recipe that Veneer brings. Closest: verses."),
+        (["recipes", "show", "vrses"], "'vrses' is no recipe that Veneer brings. Closest: verses, verse-pairs."),
     ],
 )
 def test_a_mistake_is_a_sentence_and_exit_code_2(monkeypatch, capsys, words, message):
@@ -78,7 +78,7 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(monkeypatch, capsys, words, mes
 def test_shipped_recipes_are_listed_shown_and_copied(tmp_path, monkeypatch, capsys):
     _, out, _ = run(monkeypatch, capsys, "recipes", "list", "--json")
     found = json.loads(out)
-    assert found.keys() == {"digits", "film-reviews", "verses", "word-problems"}
+    assert found.keys() == {"digits", "film-reviews", "phone-prompts", "verse-pairs", "verses", "word-problems"}
     _, out, _ = run(monkeypatch, capsys, "recipes", "list")
     assert out.splitlines()[0].split()[0] == "digits"
     _, shown, _ = run(monkeypatch, capsys, "recipes", "show", "verses")

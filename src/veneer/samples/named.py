@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import MissingSample, closest
-from veneer.samples import digits, dinov2, minilm, sentiment, smollm2, verses, whole, word_problems
+from veneer.samples import (
+    digits,
+    dinov2,
+    flan_t5,
+    minilm,
+    phone_prompts,
+    sentiment,
+    smollm2,
+    verses,
+    whisper,
+    whole,
+    word_problems,
+)
 
 PREFIX = "sample:"
 SYSTEM = "Rewrite in modern English."
@@ -58,6 +70,13 @@ def _conversation(*turns: tuple[str, str]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def _pairs(held_out: bool) -> Iterable[dict[str, Any]]:
+    return (
+        {"source": f"{SYSTEM.removesuffix('.')}: {question['content']}", "target": answer["content"]}
+        for _, question, answer in (row["messages"] for row in _verses(held_out))
+    )
+
+
 _SAMPLES: dict[str, Callable[[], Path]] = {
     "sample:smollm2": smollm2.folder,
     "sample:minilm": minilm.folder,
@@ -68,4 +87,10 @@ _SAMPLES: dict[str, Callable[[], Path]] = {
     "sample:verses-held-out": _rows("verses-held-out.jsonl", lambda: _verses(held_out=True)),
     "sample:word-problems": _rows("word-problems.jsonl", lambda: _problems(held_out=False)),
     "sample:word-problems-held-out": _rows("word-problems-held-out.jsonl", lambda: _problems(held_out=True)),
+    "sample:flan-t5": flan_t5.folder,
+    "sample:verse-pairs": _rows("verse-pairs.jsonl", lambda: _pairs(held_out=False)),
+    "sample:verse-pairs-held-out": _rows("verse-pairs-held-out.jsonl", lambda: _pairs(held_out=True)),
+    "sample:whisper": whisper.folder,
+    "sample:phone-prompts": lambda: phone_prompts.folder() / "train.jsonl",
+    "sample:phone-prompts-held-out": lambda: phone_prompts.folder() / "held-out.jsonl",
 }

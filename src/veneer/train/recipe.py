@@ -44,7 +44,8 @@ ORDER = ("model", "method", "data", "training", "evaluation", "output", "record"
 class Model(Section):
     """The frozen base.
 
-    name: a transformers folder, a Hub id, or sample:smollm2, sample:minilm for one that Veneer brings.
+    name: a transformers folder, a Hub id, or one that Veneer brings: sample:smollm2, sample:minilm,
+        sample:flan-t5, sample:whisper.
     revision: of a Hub id.
     dtype: of the base's weights; "auto" is as they are stored. Adapters are float32.
     quantization: "nf4" stores the linears of the blocks in four bits by Veneer; "bitsandbytes-4bit" (NF4) and
