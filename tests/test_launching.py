@@ -63,9 +63,7 @@ def launched(*words: object) -> subprocess.CompletedProcess[str]:
     command += ["--main_process_port", str(port), *map(str, words)]
     paths = f"{Path(veneer.__file__).parents[1]}:{Path(__file__).parent}"
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*map(str, command), *map(str, words)], capture_output=True, text=True, env=environment, timeout=600
-    )
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_a_loop_trains_what_one_process_trains(tmp_path):
