@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from reviews import BATCH, HEAD, HELD_OUT, Run, Task
+from reviews import BATCH, HEAD, Run, Task
 from torch import Tensor
 
 import veneer
 from veneer.train.machine import fitting_threads
 
-STEPS, FEW_STEPS, FEW_HELD_OUT, LONGEST, PART_LR = 120, 24, 200, 24, 6e-3
+STEPS, FEW_STEPS, HELD_OUT, FEW_HELD_OUT, LONGEST, PART_LR = 300, 24, 3000, 200, 24, 6e-3
 FEW = ("LoRA", "IA3", "prefix tuning", "BitFit")
 SUBLAYERS = "attention | mlp"
 PROMPT = "is this sentence from a film review positive or negative in its opinion of the film, good or bad?"
