@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +67,22 @@ class Pair(Delta):
 class Beside(Pair, After):
     """y + B(s·A(dropout(x)))."""
 
+    plain: ClassVar[bool] = True
+    """Whether nothing but A, B and the scale makes the change."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.plain = cls.change is Beside.change and cls.parts is Pair.parts
+
     def __init__(self, place: Place, rank: int, scale: float, init: str, dropout: float) -> None:
         super().__init__(place, rank, scale, init)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.plain and not self.training and isinstance(self.map, Matrix):
+            A, B = self._parameters.get("A"), self._parameters.get("B")  # by `self.A` it takes as long as the products
+            if A is not None and B is not None:
+                return lora.beside(x, y, A, B, self.scale)
         return self.change(x, y, drawn(self.dropout, x))
 
     def pair(self) -> tuple[Tensor, Tensor, float] | None:

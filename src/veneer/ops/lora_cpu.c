@@ -12,7 +12,7 @@ widest that the machine has is taken when the program runs. Plain C ABI, called 
 #define WORDS 64          /* random words at a time: two elements each */
 #define SHARE (1L << 18)  /* elements that are worth a thread */
 #define MOST 64           /* threads */
-#define WIDE 16           /* sums side by side in a dot product */
+#define LANES 8           /* sums side by side in a product */
 
 enum dtype { FLOAT32, BFLOAT16 };
 
@@ -60,13 +60,19 @@ ALWAYS_INLINE void drop(const Drop *task) {
 /* ---- The pair beside a layer ---- */
 
 typedef struct {
-    const void *x, *y;          /* [tokens, in], [tokens, out] */
-    const float *A, *B;         /* [rank, in], [out, rank] */
-    void *to;
     int64_t tokens, in, out, rank;
     float scale;
     int32_t dtype;
+} Sizes;
+
+typedef struct {
+    const void *x, *y;          /* [tokens, in], [tokens, out] */
+    const float *A, *B;         /* [rank, in], [out, rank] */
+    void *to;
+    const Sizes *sizes;
 } Beside;
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
 ALWAYS_INLINE float from_bfloat16(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -82,52 +88,69 @@ ALWAYS_INLINE uint16_t to_bfloat16(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-ALWAYS_INLINE float dot(const float *a, const float *b, int64_t count) {
-    float sums[WIDE] = {0}, sum = 0;
-    int64_t k = 0;
-    for (; k + WIDE <= count; k += WIDE)
-        for (int j = 0; j < WIDE; j++) sums[j] += a[k + j] * b[k + j];
-    for (int j = 0; j < WIDE; j++) sum += sums[j];
-    for (; k < count; k++) sum += a[k] * b[k];
-    return sum;
-}
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Order __attribute__((vector_size(4 * LANES)));
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Order){__VA_ARGS__})
+#endif
 
-/* to = B(h), eight columns of B at a time. */
-ALWAYS_INLINE void grow(const float *restrict h, const float *restrict B, float *restrict to, int64_t out, int64_t rank) {
-    for (int64_t o = 0; o < out; o++) to[o] = 0;
-    int64_t r = 0;
-    for (; r + 8 <= rank; r += 8) {
-        const float h0 = h[r], h1 = h[r + 1], h2 = h[r + 2], h3 = h[r + 3];
-        const float h4 = h[r + 4], h5 = h[r + 5], h6 = h[r + 6], h7 = h[r + 7];
-        for (int64_t o = 0; o < out; o++) {
-            const float *b = B + o * rank + r;
-            to[o] += ((b[0] * h0 + b[1] * h1) + (b[2] * h2 + b[3] * h3)) +
-                     ((b[4] * h4 + b[5] * h5) + (b[6] * h6 + b[7] * h7));
+/* Sums of neighbours of two vectors, of neighbouring pairs, and of halves: one after the other they sum up eight. */
+#define ONES(a, b) (SHUFFLE(a, b, 0, 8, 2, 10, 4, 12, 6, 14) + SHUFFLE(a, b, 1, 9, 3, 11, 5, 13, 7, 15))
+#define TWOS(a, b) (SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
+#define FOURS(a, b) (SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15))
+
+/* sums = M(v) for `LANES` rows of M, each `width` wide, read once and side by side. */
+ALWAYS_INLINE void rows(const float *M, const float *v, int64_t width, float *sums) {
+    Lanes s[LANES] = {{0}};
+    int64_t k = 0;
+    for (; k + LANES <= width; k += LANES) {
+        Lanes by, row;
+        memcpy(&by, v + k, sizeof by);
+        for (int j = 0; j < LANES; j++) {
+            memcpy(&row, M + j * width + k, sizeof row);
+            s[j] += row * by;
         }
     }
-    for (; r < rank; r++)
-        for (int64_t o = 0; o < out; o++) to[o] += B[o * rank + r] * h[r];
+    Lanes all = FOURS(TWOS(ONES(s[0], s[1]), ONES(s[2], s[3])), TWOS(ONES(s[4], s[5]), ONES(s[6], s[7])));
+    memcpy(sums, &all, sizeof all);
+    for (; k < width; k++)
+        for (int j = 0; j < LANES; j++) sums[j] += M[j * width + k] * v[k];
 }
 
-ALWAYS_INLINE void beside(const Beside *task, float *h, float *wide) {
-    for (int64_t t = 0; t < task->tokens; t++) {
-        const float *x = (const float *)task->x + t * task->in;
-        if (task->dtype == BFLOAT16) {
-            const uint16_t *narrow = (const uint16_t *)task->x + t * task->in;
-            for (int64_t k = 0; k < task->in; k++) wide[k] = from_bfloat16(narrow[k]);
+/* to = M(v) for `count` rows of M. */
+ALWAYS_INLINE void multiply(const float *M, const float *v, int64_t count, int64_t width, float *to) {
+    int64_t r = 0;
+    for (; r + LANES <= count; r += LANES) rows(M + r * width, v, width, to + r);
+    for (; r < count; r++) {
+        to[r] = 0;
+        for (int64_t k = 0; k < width; k++) to[r] += M[r * width + k] * v[k];
+    }
+}
+
+/* `room` is for rank, and for the wider of in and out. */
+ALWAYS_INLINE void beside(const Beside *task, float *room) {
+    const Sizes s = *task->sizes;
+    float *h = room, *wide = room + s.rank;
+    for (int64_t t = 0; t < s.tokens; t++) {
+        const float *x = (const float *)task->x + t * s.in;
+        if (s.dtype == BFLOAT16) {
+            const uint16_t *narrow = (const uint16_t *)task->x + t * s.in;
+            for (int64_t k = 0; k < s.in; k++) wide[k] = from_bfloat16(narrow[k]);
             x = wide;
         }
-        for (int64_t r = 0; r < task->rank; r++) h[r] = dot(x, task->A + r * task->in, task->in) * task->scale;
-        grow(h, task->B, wide, task->out, task->rank);
-        int64_t at = t * task->out;
-        if (task->dtype == FLOAT32) {
+        multiply(task->A, x, s.rank, s.in, h);
+        for (int64_t r = 0; r < s.rank; r++) h[r] *= s.scale;
+        multiply(task->B, h, s.out, s.rank, wide);
+        int64_t at = t * s.out;
+        if (s.dtype == FLOAT32) {
             const float *restrict y = (const float *)task->y + at;
             float *restrict to = (float *)task->to + at;
-            for (int64_t o = 0; o < task->out; o++) to[o] = y[o] + wide[o];
+            for (int64_t o = 0; o < s.out; o++) to[o] = y[o] + wide[o];
         } else {
             const uint16_t *restrict y = (const uint16_t *)task->y + at;
             uint16_t *restrict to = (uint16_t *)task->to + at;
-            for (int64_t o = 0; o < task->out; o++) to[o] = to_bfloat16(from_bfloat16(y[o]) + wide[o]);
+            for (int64_t o = 0; o < s.out; o++) to[o] = to_bfloat16(from_bfloat16(y[o]) + wide[o]);
         }
     }
 }
@@ -137,16 +160,16 @@ ALWAYS_INLINE void beside(const Beside *task, float *h, float *wide) {
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FOR(name, target_name)                                                                        \
     __attribute__((target(target_name))) static void drop_##name(const Drop *task) { drop(task); }    \
-    __attribute__((target(target_name))) static void beside_##name(const Beside *task, float *h, float *w) { beside(task, h, w); }
+    __attribute__((target(target_name))) static void beside_##name(const Beside *task, float *room) { beside(task, room); }
 FOR(avx512, "avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 FOR(avx2, "avx2,fma")
 #endif
 
 static void drop_plain(const Drop *task) { drop(task); }
-static void beside_plain(const Beside *task, float *h, float *w) { beside(task, h, w); }
+static void beside_plain(const Beside *task, float *room) { beside(task, room); }
 
 static void (*drop_best)(const Drop *) = drop_plain;
-static void (*beside_best)(const Beside *, float *, float *) = beside_plain;
+static void (*beside_best)(const Beside *, float *) = beside_plain;
 
 __attribute__((constructor)) static void choose(void) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -182,12 +205,11 @@ void veneer_drop(const void *from, void *to, int64_t count, uint64_t seed, uint3
 }
 
 /* y + scale * B(A(x)) with A and B in float32, summed in float32; 0 where there is no memory for it. */
-int veneer_beside(const void *x, const void *y, const float *A, const float *B, void *to, int64_t tokens, int64_t in,
-                  int64_t out, int64_t rank, float scale, int32_t dtype) {
-    Beside task = {x, y, A, B, to, tokens, in, out, rank, scale, dtype};
-    float *room = malloc(sizeof(float) * (size_t)(rank + (in > out ? in : out)));
+int veneer_beside(const void *x, const void *y, const float *A, const float *B, void *to, const Sizes *sizes) {
+    Beside task = {x, y, A, B, to, sizes};
+    float *room = malloc(sizeof(float) * (size_t)(sizes->rank + (sizes->in > sizes->out ? sizes->in : sizes->out)));
     if (!room) return 0;
-    beside_best(&task, room, room + rank);
+    beside_best(&task, room);
     free(room);
     return 1;
 }

@@ -41,8 +41,25 @@ def _beside() -> Any:
     if library is None:
         return None
     function = ctypes.PyDLL(library._name).veneer_beside
-    function.argtypes = (*[_POINTER] * 5, *[_INTEGER] * 4, ctypes.c_float, ctypes.c_int32)
+    function.argtypes = [_POINTER] * 6
     return function
+
+
+class _Sizes(ctypes.Structure):
+    """Those of a call, which are the same for many: to hand them over one by one takes longer than the products."""
+
+    _fields_ = [
+        *((name, _INTEGER) for name in ("tokens", "in", "out", "rank")),
+        ("scale", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(*values: float) -> tuple[_Sizes, int]:
+    """A call's sizes, and where they lie."""
+    sizes = _Sizes(*values)
+    return sizes, ctypes.addressof(sizes)
 
 
 def missing() -> str | None:
@@ -67,10 +84,13 @@ def drop(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
 
 def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor | None:
     """y + scale·B(A(x)) for a few tokens, summed in float32 and rounded once; None where this is not for them."""
-    dtype, width, kinds = y.dtype, x.shape[-1], (type(x), type(y), type(A), type(B))
-    if kinds != _KINDS or x.numel() > FEW * width or dtype not in _NUMBERS or x.dtype is not dtype or not x.numel():
+    count, width = x.numel(), x.shape[-1]
+    if (type(x), type(y), type(A), type(B)) != _KINDS or not 0 < count <= FEW * width:
         return None
-    if not (A.dtype is B.dtype is torch.float32 and x.is_cpu and y.is_cpu and A.is_cpu and B.is_cpu):
+    dtype = y.dtype
+    if x.dtype is not dtype or dtype not in _NUMBERS or not (A.dtype is B.dtype is torch.float32):
+        return None
+    if not (x.is_cpu and y.is_cpu and A.is_cpu and B.is_cpu):
         return None
     if not (x.is_contiguous() and y.is_contiguous() and A.is_contiguous() and B.is_contiguous()):
         return None
@@ -78,8 +98,8 @@ def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor |
     if function is None or transforms():
         return None
     to = torch.empty_like(y)
-    pointers = x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr()
-    done = function(*pointers, x.numel() // width, width, y.shape[-1], A.shape[0], scale, _NUMBERS[dtype])
+    sizes = _sizes(count // width, width, y.shape[-1], A.shape[0], scale, _NUMBERS[dtype])
+    done = function(x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr(), sizes[1])
     return to if done else None
 
 
