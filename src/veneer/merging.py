@@ -80,7 +80,7 @@ def _merge(model: nn.Module, adapter: Adapter, permanent: bool, requantize: bool
         take_off(model, adapter)
         return
     routes = state.routes
-    routes.merged.append(adapter.name)
+    routes.merged = (*routes.merged, adapter.name)
     checkpoints.merged(model, True)
     routes.active = in_order(state, [*routes.active, adapter.name])
     if routes.rows is not None:
@@ -240,9 +240,9 @@ def unmerge(model: nn.Module, adapter: Adapter | str) -> None:
         raise AdapterError(f"Adapter '{merged[-1]}' was merged after '{adapter.name}'. Unmerge '{merged[-1]}' first.")
     _refuse_measured(model, adapter)
     _restore(adapter)
-    merged.remove(adapter.name)
+    routes.merged = merged[:-1]
     routes.route(model, routes.rows)
-    checkpoints.merged(model, bool(merged))
+    checkpoints.merged(model, bool(routes.merged))
     torch.compiler.reset()
 
 

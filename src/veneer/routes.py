@@ -25,7 +25,7 @@ class Routes:
     rows: tuple[tuple[str, ...], ...] | None = None
     mix: Mix | None = None
     """`rows` in the form in which they are served together; there whenever `rows` are."""
-    merged: list[str] = field(default_factory=list)
+    merged: tuple[str, ...] = ()
     dropped: frozenset[str] = frozenset()
     """Paths of places where nothing acts, whoever is active."""
 

@@ -14,16 +14,15 @@ A `Weight` delta is shown to the base by shadowing: for the time of one forward 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer.delta import After, Before, Delta, Input, KeyValue, Place, Source, Span, Weight, row_index
+from veneer.delta import After, Before, Delta, Input, Place, Source, Span, Weight, row_index
 from veneer.errors import MethodError, PlaceError, RoutingError
 from veneer.mixing import Group, Mix
 from veneer.routes import Routes, repeated
@@ -31,6 +30,9 @@ from veneer.routes import Routes, repeated
 CHILD = "adapters"
 hooks_by_port: dict[type[Delta], Callable[[nn.Module, Site], list[RemovableHandle]]] = {}
 """What registers the hooks that a port needs beside this file's own; the seam that serves the port fills it in."""
+
+_ANSWERED = After, Input
+"""The ports at a module's answer."""
 
 Rows = list[int] | None
 
@@ -70,6 +72,12 @@ class Binding:
     attends: tuple[int, ...] = ()
     """Shape of the keys and values of an attention in code of its own; empty where transformers' registry serves it."""
     sources: Mapping[str, Source] = field(default_factory=dict)
+    ahead: bool = False
+    """Whether it acts before the stack, by positions in front, and not on this module's answer."""
+
+
+Acting = tuple[Delta, Binding, Rows]
+"""A delta that acts now, how it is bound, and the rows it acts on (None: all)."""
 
 
 class Site(nn.ModuleDict):
@@ -81,11 +89,27 @@ class Site(nn.ModuleDict):
         self.routes = routes
         self.bindings: dict[str, list[Binding]] = {}
         self.handles: list[RemovableHandle] = []
+        self._known: tuple[Any, dict[Any, tuple[Acting, ...]]] = None, {}
+        """What acts at each port while the same adapters act everywhere: to look takes longer than many a delta."""
 
-    def deltas(
-        self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None
-    ) -> Iterator[tuple[Delta, Binding, Rows]]:
-        """The deltas that act now at one port, with the rows they act on (None: all)."""
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy looks for itself."""
+        return {**vars(self), "_known": (None, {})}
+
+    def deltas(self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None) -> Iterable[Acting]:
+        """The deltas that act now at one port."""
+        routes = self.routes
+        if routes.rows is not None or torch.compiler.is_compiling():
+            return self._acting(port, batch)
+        now = routes.active, routes.merged, routes.dropped
+        if self._known[0] != now:
+            self._known = now, {}
+        known = self._known[1]
+        if port not in known:
+            known[port] = tuple(self._acting(port, batch))
+        return known[port]
+
+    def _acting(self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None) -> Iterator[Acting]:
         routes, lists = self.routes, self._modules
         for name in routes.order if routes.rows is not None else routes.active:
             if name not in lists:
@@ -93,8 +117,7 @@ class Site(nn.ModuleDict):
             rows = routes.served(name, batch, self.path)
             if rows == []:
                 continue
-            deltas = lists[name]._modules.values()  # as they lie: this runs at every call
-            for delta, binding in zip(deltas, self.bindings[name], strict=True):
+            for delta, binding in zip(cast(nn.ModuleList, lists[name]), self.bindings[name], strict=True):
                 if isinstance(delta, port) and binding.path not in routes.dropped:
                     yield delta, binding, rows
 
@@ -163,6 +186,7 @@ def add(place: Place, name: str, delta: Delta, routes: Routes) -> None:
             held=held,
             attends=attends,
             sources=place.sources,
+            ahead=isinstance(delta, Input) and bool(delta.slots),
         )
     )
     _hook(place.reader, site)
@@ -181,6 +205,7 @@ def remove(module: nn.Module, name: str) -> None:
 
 def _hook(module: nn.Module, site: Site) -> None:
     """Register exactly the hooks that the site's deltas need."""
+    site._known = None, {}
     for handle in site.handles:
         handle.remove()
     kinds = [type(delta) for deltas in site.values() for delta in cast(nn.ModuleList, deltas)]
@@ -202,7 +227,7 @@ def _hook(module: nn.Module, site: Site) -> None:
         site.handles.append(module.register_forward_pre_hook(_shadow, with_kwargs=True))
     if any(issubclass(kind, Before) for kind in kinds):
         site.handles.append(module.register_forward_pre_hook(_before, with_kwargs=True))
-    if any(issubclass(kind, (After, Input)) for kind in kinds):
+    if any(issubclass(kind, _ANSWERED) for kind in kinds):
         site.handles.append(module.register_forward_hook(_after, with_kwargs=True))
     if any(issubclass(kind, Weight) for kind in kinds):  # last, so that an After delta sees what the module saw
         site.handles.append(module.register_forward_hook(_unshadow, always_call=True))
@@ -238,7 +263,8 @@ def watch(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The activation a module was called with: its first argument."""
-    return cast(Tensor, args[0] if args else next(iter(kwargs.values())))
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x
 
 
 def _batch(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -261,7 +287,7 @@ def _hold(
 def _before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     x = _first(args, kwargs)
     for delta, _, rows in cast(Site, module.adapters).deltas(Before, x):
-        x = delta(x) if rows is None else _put(x, 0, rows, delta(_take(x, 0, rows)))
+        x = delta(x) if rows is None else put(x, 0, rows, delta(take(x, 0, rows)))
     if args:
         return (x, *args[1:]), kwargs
     return (), {**kwargs, next(iter(kwargs)): x}
@@ -282,15 +308,15 @@ def _after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
             y = part if columns is None else y.index_copy(-1, columns, part)
             output = y if group.item is None else _replaced(output, group.item, y)
         return output
-    for delta, binding, rows in site.deltas((After, Input), _batch(args, kwargs)):
-        if isinstance(delta, Input) and delta.slots:
-            continue  # that happens before the stack
+    for delta, binding, rows in site.deltas(_ANSWERED, None if site.routes.rows is None else _batch(args, kwargs)):
+        if binding.ahead:
+            continue
         x = binding.held.take() if binding.held else _first(args, kwargs)
         y = output if binding.item is None else output[binding.item]
         if rows is None:
             y = delta(x, y) if binding.spans is None else _columns(delta, x, y, binding.spans)
         else:
-            y = _put(y, 0, rows, _columns(delta, _take(x, 0, rows), _take(y, 0, rows), binding.spans))
+            y = put(y, 0, rows, _columns(delta, take(x, 0, rows), take(y, 0, rows), binding.spans))
         output = y if binding.item is None else _replaced(output, binding.item, y)
     return output
 
@@ -309,8 +335,7 @@ def _groups(site: Site, names: Sequence[str]) -> list[Group] | None:
         if name not in site.bindings:
             continue
         for delta, binding in zip(cast(nn.ModuleList, site[name]), site.bindings[name], strict=True):
-            slots = isinstance(delta, Input) and delta.slots
-            if not isinstance(delta, (After, Input)) or slots or binding.path in site.routes.dropped:
+            if not isinstance(delta, _ANSWERED) or binding.ahead or binding.path in site.routes.dropped:
                 continue
             if not isinstance(delta, After) or binding.held or _watched(delta) or delta.pair() is None:
                 return None
@@ -341,11 +366,13 @@ def _columns(delta: Delta, x: Tensor, y: Tensor, spans: Sequence[Span] | None) -
     return y.index_copy(-1, columns, delta(x, y.index_select(-1, columns)))
 
 
-def _take(x: Tensor, dim: int, rows: list[int]) -> Tensor:
+def take(x: Tensor, dim: int, rows: list[int]) -> Tensor:
+    """These rows of x."""
     return x.index_select(dim, torch.tensor(rows, device=x.device))
 
 
-def _put(x: Tensor, dim: int, rows: list[int], new: Tensor) -> Tensor:
+def put(x: Tensor, dim: int, rows: list[int], new: Tensor) -> Tensor:
+    """x with `new` in place of these rows."""
     return x.index_copy(dim, torch.tensor(rows, device=x.device), new)
 
 
@@ -368,62 +395,3 @@ def _unshadow(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     for bindings in cast(Site, module.adapters).bindings.values():
         for binding in bindings:
             module.get_submodule(binding.owner).__dict__.pop(binding.parameter, None)
-
-
-def key_value(site: Site, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """k and v [batch, kv_heads, length, head_dim] as the active `KeyValue` deltas of this site leave them.
-
-    The third is which row of the batch sees which of the positions that came in front, [batch, added]; None where all
-    see all. A row that an adapter does not serve gets empty positions there, which it does not see.
-    """
-    seen: Tensor | None = None
-    front = 0
-    for delta, _, rows in site.deltas(KeyValue, k):
-        if cast(KeyValue, delta).apart:
-            continue
-        if rows is None:
-            wide_k, wide_v = delta(k, v)
-        else:
-            wide_k, wide_v = delta(_take(k, 0, rows), _take(v, 0, rows))
-        added = wide_k.shape[2] - k.shape[2]
-        if rows is not None:
-            wide_k = _put(F.pad(k, (0, 0, added, 0)), 0, rows, wide_k)
-            wide_v = _put(F.pad(v, (0, 0, added, 0)), 0, rows, wide_v)
-        if rows is not None or seen is not None:
-            before = k.new_ones(len(k), front, dtype=torch.bool) if seen is None else seen
-            served = k.new_full((len(k), added), rows is None, dtype=torch.bool)
-            if rows is not None:
-                served = _put(served, 0, rows, served.new_ones(len(rows), added))
-            seen = torch.cat([served, before], dim=1)
-        k, v, front = wide_k, wide_v, front + added
-    return k, v, seen
-
-
-def apart(site: Site, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Keys and values to attend to apart, with the rows of the batch that do (None: all)."""
-    for delta, _, rows in site.deltas(KeyValue, k):
-        if not cast(KeyValue, delta).apart:
-            continue
-        if rows is None:
-            yield (*delta(k, v), None)
-        else:
-            yield (*delta(_take(k, 0, rows), _take(v, 0, rows)), torch.tensor(rows, device=k.device))
-
-
-def slots(site: Site, batch: Tensor) -> list[tuple[int, Rows]]:
-    """How many positions each active `Input` delta of this site puts in front of which rows, the foremost last."""
-    acting = ((cast(Input, delta), rows) for delta, _, rows in site.deltas(Input, batch))
-    return [(delta.slots, rows) for delta, rows in acting if delta.slots]
-
-
-def in_front(site: Site, ids: Tensor | None, embeddings: Tensor) -> Tensor:
-    """The embeddings with all that `slots` names in front of them; rows that a delta does not serve get zeros there."""
-    for delta, _, rows in site.deltas(Input, embeddings):
-        if not cast(Input, delta).slots:
-            continue
-        if rows is None:
-            embeddings = delta(ids, embeddings)
-        else:
-            served = delta(None if ids is None else _take(ids, 0, rows), _take(embeddings, 0, rows))
-            embeddings = _put(F.pad(embeddings, (0, 0, cast(Input, delta).slots, 0)), 0, rows, served)
-    return embeddings

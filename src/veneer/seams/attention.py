@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer import site
+from veneer import fronts, site
 from veneer.delta import KeyValue
 from veneer.seams import positions, written
 from veneer.seams.widening import Call
@@ -59,7 +59,7 @@ def hooks(module: nn.Module, here: site.Site) -> list[RemovableHandle]:
     if own is None:
         return [module.register_forward_pre_hook(ensure_wrapped), *moved]
     open_: list[written.Widening] = []
-    front = functools.partial(site.key_value, here)
+    front = functools.partial(fronts.key_value, here)
     return [
         module.register_forward_pre_hook(functools.partial(written.enter, shape=own, front=front, open_=open_)),
         module.register_forward_hook(functools.partial(written.leave, open_=open_), always_call=True),
@@ -89,7 +89,7 @@ def _attend(
     here = site.of(module)
     if here is None:
         return attend(module, query, key, value, attention_mask, *args, **kwargs)
-    wide_key, wide_value, seen = site.key_value(here, key, value)
+    wide_key, wide_value, seen = fronts.key_value(here, key, value)
     added = wide_key.shape[2] - key.shape[2]
     if added:
         call = Call(implementation or "eager", module, query, key, added, seen, kwargs)
@@ -97,7 +97,7 @@ def _attend(
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (added, 0))
     output = attend(module, query, wide_key, wide_value, attention_mask, *args, **kwargs)
-    for slots_key, slots_value, rows in site.apart(here, key, value):
+    for slots_key, slots_value, rows in fronts.apart(here, key, value):
         mine = query if rows is None else query.index_select(0, rows)
         more = F.scaled_dot_product_attention(
             mine, slots_key, slots_value, scale=kwargs.get("scaling"), enable_gqa=query.shape[1] != key.shape[1]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from veneer import site
+from veneer import fronts, site
 from veneer.delta import Input, Source
 from veneer.errors import RoutingError, VeneerError
 from veneer.seams.transformers import is_pretrained
@@ -165,7 +165,7 @@ class _Slots:
 
 
 def _slots(here: site.Site, batch: Tensor) -> _Slots:
-    acting = site.slots(here, batch)
+    acting = fronts.slots(here, batch)
     total = sum(slots for slots, _ in acting)
     if all(rows is None for _, rows in acting):
         return _Slots(total, 0, None)
@@ -224,7 +224,7 @@ def _before(
     if given.get("token_type_ids") is not None:
         types = given["token_type_ids"]
         given["token_type_ids"] = _joined(types.new_zeros(slots.total), types, order)
-    whole = site.in_front(here, ids, stack.table(ids) if embeddings is None else embeddings)
+    whole = fronts.in_front(here, ids, stack.table(ids) if embeddings is None else embeddings)
     if order is not None:
         whole = whole.gather(1, order[..., None].expand(-1, -1, whole.shape[-1]))
     given |= {"input_ids": None, "inputs_embeds": whole}
