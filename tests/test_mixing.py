@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import veneer
 from veneer import errors, mixing
+from veneer.ops import lora_cpu
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
 METHODS = {
@@ -141,6 +142,53 @@ def test_stacks_follow_the_numbers_and_are_not_made_twice(products, monkeypatch)
     torch.testing.assert_close(second, alone(model, rows, ids(3)), **EXACT)
     model.float()
     assert answer(model, rows, ids(3)).dtype == torch.float32
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    """Counts the modules at which C served the rows."""
+    if lora_cpu.missing():
+        pytest.skip(lora_cpu.missing())
+    made = []
+    plain = lora_cpu.Mixed.beside
+    count = lambda self, x, y: (found := plain(self, x, y), made.append(found is not None))[0]  # noqa: E731
+    monkeypatch.setattr(lora_cpu.Mixed, "beside", count)
+    return made
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_in_c_rows_of_all_ranks_and_stacks_equal_rows_alone(dtype, near, length, in_c, products):
+    model = many().to(dtype)
+    for adapter in veneer.adapters(model).values():
+        for claim in adapter.claims:
+            claim.delta.float()
+    found = answer(model, ROWS, ids(length=length))
+    torch.testing.assert_close(found, alone(model, ROWS, ids(length=length)), rtol=near, atol=near)
+    assert in_c
+    assert all(in_c)
+    assert not products
+
+
+def test_in_c_beams_and_numbers_that_change_are_served(in_c):
+    model = many("linear", {"a": veneer.LoRA(rank=2), "b": veneer.LoRA(rank=3), "d": veneer.LoRA(rank=4, init="pissa")})
+    model.float()
+    rows = ["a", "d", None, ("a", "b")]
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    with veneer.use(model, rows=rows):
+        twice = model(input_ids=ids(4).repeat_interleave(2, 0)).logits
+        torch.testing.assert_close(twice[::2], model(input_ids=ids(4)).logits, **near)
+        for change in (lambda p: p.mul_(1.5), lambda p: setattr(p, "data", p.data * 1.5)):
+            before = model(input_ids=ids(4)).logits
+            for adapter in veneer.adapters(model).values():
+                for parameter in adapter.parameters():
+                    change(parameter)
+            after = model(input_ids=ids(4)).logits
+            assert all((after[row] - before[row]).abs().max() > 1e-4 for row in (0, 1, 3))
+            assert torch.equal(after[2], before[2])
+            torch.testing.assert_close(after, alone(model, rows, ids(4)), **near)
+    assert in_c
+    assert all(in_c)
 
 
 def test_training_and_evaluating_in_turn():

@@ -227,6 +227,60 @@ def test_what_c_is_not_for_is_left_to_torch():
     assert lora_cpu.beside(x, y, torch.nn.Parameter(A.bfloat16()), B, SCALE) is None
 
 
+def mixture(dtype, tokens, in_=40, out=33):
+    """x and y of seven rows, three pairs of other ranks, and which of them each row gets."""
+    torch.manual_seed(0)
+    x, y = torch.randn(7, tokens, in_).to(dtype), torch.randn(7, tokens, out).to(dtype)
+    pairs = [
+        (torch.nn.Parameter(torch.randn(rank, in_)), torch.nn.Parameter(torch.randn(out, rank)), 0.5 * rank)
+        for rank in (8, 3, 16)
+    ]
+    return x, y, pairs, [[0], [1, 2], [], [0], [2], [2, 0, 1], [0]]
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, lora_cpu.FEW])
+@torch.no_grad()
+def test_rows_under_pairs_of_their_own_get_the_bits_that_they_get_alone(dtype, tokens):
+    x, y, pairs, rows = mixture(dtype, tokens)
+    found = lora_cpu.Mixed.of(pairs, rows).beside(x, y)
+    for row, numbers in enumerate(rows):
+        wanted = y[row]
+        for A, B, scale in (pairs[number] for number in numbers):
+            wanted = lora_cpu.beside(x[row], wanted, A, B, scale)
+        assert torch.equal(found[row], wanted), row
+
+
+@built
+@torch.no_grad()
+def test_threads_share_rows_and_change_nothing():
+    x, y, pairs, rows = mixture(torch.float32, 2500)
+    mixed, before = lora_cpu.Mixed.of(pairs, rows), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        wanted = mixed.beside(x, y)
+        for threads in (2, 3, 40):
+            torch.set_num_threads(threads)
+            assert torch.equal(mixed.beside(x, y), wanted)
+    finally:
+        torch.set_num_threads(before)
+    alone = y[5] + sum(scale * x[5] @ A.T @ B.T for A, B, scale in (pairs[number] for number in rows[5]))
+    torch.testing.assert_close(wanted[5], alone, rtol=1e-4, atol=1e-3)
+
+
+def test_what_c_is_not_for_in_a_mixture_is_left_to_torch():
+    x, y, pairs, rows = mixture(torch.float32, 2)
+    ((A, B, scale), *rest) = pairs
+    assert lora_cpu.Mixed.of([(torch.nn.Parameter(A.double()), B, scale), *rest], rows) is None
+    assert lora_cpu.Mixed.of([(A, torch.nn.Parameter(B.T.clone()).T, scale), *rest], rows) is None
+    assert lora_cpu.Mixed.of([], [[]]) is None
+    if lora_cpu.missing() is None:
+        mixed = lora_cpu.Mixed.of(pairs, rows)
+        assert mixed.beside(x.double(), y.double()) is None
+        assert mixed.beside(x.mT.contiguous().mT, y) is None
+
+
 @pytest.mark.parametrize("method", [veneer.LoRA(rank=2), veneer.VeRA(rank=4)], ids=lambda method: type(method).__name__)
 def test_a_model_may_change_an_answer_in_place(method):
     """As Longformer and its kin do with their queries."""

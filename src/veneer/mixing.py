@@ -3,7 +3,8 @@
 Where all that acts after a module only adds s·x·Aᵀ·Bᵀ (`After.pair`), rows are put together by adapter in tiles of
 equal size, and one batched product by the stacked A, [tiles, rank, in], and one by the stacked B, [tiles, out, rank],
 serve them all. Ranks are padded with zeros to the largest. Without gradients the stacks are kept for as long as the mix
-of rows and the adapters' tensors stay.
+of rows and the adapters' tensors stay. On a CPU a loop over the rows in C takes their place, which reads each adapter's
+A and B where they are.
 
 In a graph of `torch.compile` nothing may depend on who is served: every row picks its A and B by an index tensor from
 those of all adapters at the module, so another mix, or other numbers in an adapter, run the same graph.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.delta import After, Span
+from veneer.ops.lora_cpu import Mixed
 
 
 class Mix:
@@ -55,7 +58,7 @@ class Mix:
             return known.groups
         with torch.no_grad():
             found = find()
-        self._kept[path] = _Kept.of(found, training)
+        self._kept[path] = _Kept(found, training)
         return found
 
 
@@ -67,6 +70,9 @@ class Group:
     item: int | str | None
     members: dict[str, list[After]] = field(default_factory=dict)
     tiles: dict[Any, list[_Tiles]] = field(default_factory=dict)
+    direct: dict[int, Mixed | None] = field(default_factory=dict)
+    copied: bool = False
+    """Whether something here holds numbers of its own, made from those of the deltas."""
 
     def add(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
         """y [batch, ..., out] with what each row's adapters add for its x [batch, ..., in].
@@ -76,6 +82,13 @@ class Group:
         x = x.to(y.dtype)
         if torch.compiler.is_compiling():
             return self._by_row(mix, repeats, x, y)
+        if not torch.is_grad_enabled():
+            if repeats not in self.direct:
+                self.direct[repeats] = self._direct(mix, repeats)
+            direct = self.direct[repeats]
+            found = None if direct is None else direct.beside(x, y)
+            if found is not None:
+                return found
         for tiles in self._tiles(mix, repeats, y):
             y = tiles.add(x, y)
         return y
@@ -86,6 +99,7 @@ class Group:
             return self._tiled(mix, repeats, y)
         key = repeats, y.dtype, y.device, torch.is_inference_mode_enabled()
         if key not in self.tiles:
+            self.copied = True
             with torch.no_grad():
                 self.tiles[key] = self._tiled(mix, repeats, y)
         return self.tiles[key]
@@ -107,6 +121,18 @@ class Group:
             found.append(_Tiles.of(pairs, served, y.device))
         return found
 
+    def _direct(self, mix: Mix, repeats: int) -> Mixed | None:
+        pairs: list[tuple[Tensor, Tensor, float]] = []
+        numbers: dict[str, range] = {}
+        for name, deltas in self.members.items():
+            found = [pair for pair in (delta.pair() for delta in deltas) if pair is not None]
+            numbers[name] = range(len(pairs), len(pairs) + len(found))
+            pairs += found
+        own = set(map(id, self.tensors()))
+        self.copied |= any(id(factor) not in own for A, B, _ in pairs for factor in (A, B))
+        rows = [[number for name in row for number in numbers.get(name, ())] for row in mix.rows]
+        return Mixed.of(pairs, [row for row in rows for _ in range(repeats)])
+
     def _by_row(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
         A, B = _padded([_pair(deltas, y) for deltas in self.members.values()])
         A, B = F.pad(A, (0, 0, 0, 0, 0, 1)), F.pad(B, (0, 0, 0, 0, 0, 1))  # the last adds nothing
@@ -120,27 +146,27 @@ class Group:
         return out.view(y.shape)
 
 
-@dataclass
 class _Kept:
     """The groups of one module, and what they were made from."""
 
-    groups: list[Group] | None
-    training: bool
-    tensors: list[Tensor]
-    versions: list[tuple[int, int]]
-
-    @classmethod
-    def of(cls, groups: list[Group] | None, training: bool) -> _Kept:
-        tensors = [tensor for group in groups or () for tensor in group.tensors()]
-        return cls(groups, training, tensors, _versions(tensors))
+    def __init__(self, groups: list[Group] | None, training: bool) -> None:
+        self.groups, self.training = groups, training
+        self.tensors = [tensor for group in groups or () for tensor in group.tensors()]
+        self.counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
+        self.places, self.versions = list(map(Tensor.data_ptr, self.tensors)), list(map(_version, self.counted))
 
     def holds(self, training: bool) -> bool:
-        """Whether nothing has changed since."""
-        return self.training == training and self.versions == _versions(self.tensors)
+        """Whether nothing has changed since: where the tensors lie, and their numbers where there are copies of them.
+
+        To look at the tensors of many adapters takes about as long as their products: they are in no cache.
+        """
+        if self.training != training or self.places != list(map(Tensor.data_ptr, self.tensors)):
+            return False
+        copied = any(group.copied for group in self.groups or ())
+        return not copied or self.versions == list(map(_version, self.counted))
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
+_version = attrgetter("_version")
 
 
 @dataclass

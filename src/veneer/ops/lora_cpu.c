@@ -213,3 +213,76 @@ int veneer_beside(const void *x, const void *y, const float *A, const float *B, 
     free(room);
     return 1;
 }
+
+/* ---- Rows under pairs of their own ---- */
+
+typedef struct {
+    const float *A, *B;
+    int64_t rank;
+    float scale;
+} Pair;
+
+typedef struct {
+    int64_t row, pair;          /* -1: none */
+} Turn;
+
+typedef struct {
+    const void *x, *y;          /* [rows, tokens, in], [rows, tokens, out] */
+    void *to;
+    const Pair *pairs;
+    const Turn *turns;
+    int64_t first, last;        /* turns; those of a row follow each other */
+    Sizes sizes;                /* the largest rank */
+    int32_t done;
+} Mixed;
+
+static void *mix(void *given) {
+    Mixed *task = given;
+    Sizes sizes = task->sizes;
+    const int64_t size = sizes.dtype == FLOAT32 ? 4 : 2;
+    const int64_t from = size * sizes.tokens * sizes.in, step = size * sizes.tokens * sizes.out;
+    float *room = malloc(sizeof(float) * (size_t)(sizes.rank + (sizes.in > sizes.out ? sizes.in : sizes.out)));
+    task->done = room != NULL;
+    for (int64_t k = task->first; room && k < task->last; k++) {
+        const Turn turn = task->turns[k];
+        const char *y = (const char *)task->y + turn.row * step;
+        char *to = (char *)task->to + turn.row * step;
+        if (turn.pair < 0) {
+            memcpy(to, y, step);
+            continue;
+        }
+        const Pair pair = task->pairs[turn.pair];
+        if (k > task->first && task->turns[k - 1].row == turn.row) y = to;
+        sizes.rank = pair.rank, sizes.scale = pair.scale;
+        Beside one = {(const char *)task->x + turn.row * from, y, pair.A, pair.B, to, &sizes};
+        beside_best(&one, room);
+    }
+    free(room);
+    return NULL;
+}
+
+/* As `veneer_beside`, for each turn its row of x and y by its pair, one pair after the other; 0 where there is no memory. */
+int veneer_mixed(const void *x, const void *y, void *to, const Pair *pairs, const Turn *turns, int64_t count,
+                 const Sizes *sizes, int64_t threads) {
+    pthread_t started[MOST];
+    Mixed tasks[MOST];
+    const int64_t work = count * sizes->tokens * (sizes->in + sizes->out);
+    if (threads > MOST) threads = MOST;
+    if (threads > work / SHARE) threads = work / SHARE;
+    if (threads < 1) threads = 1;
+    int64_t begun = 0, first = 0, made = 0;
+    for (int64_t k = 1; k <= threads; k++) {
+        int64_t last = count * k / threads;
+        while (last < count && last > 0 && turns[last].row == turns[last - 1].row) last++;
+        if (last <= first) continue;
+        Mixed *task = &tasks[made++];
+        *task = (Mixed){x, y, to, pairs, turns, first, last, *sizes, 0};
+        if (k < threads && pthread_create(&started[begun], NULL, mix, task) == 0) begun++;
+        else mix(task);
+        first = last;
+    }
+    for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
+    int done = 1;
+    for (int64_t k = 0; k < made; k++) done &= tasks[k].done;
+    return done;
+}

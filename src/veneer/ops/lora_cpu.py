@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def _library() -> ctypes.CDLL | None:
         *(_POINTER, _POINTER, _INTEGER),
         *(ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int32, _INTEGER),
     )
+    library.veneer_mixed.argtypes = (*[_POINTER] * 5, _INTEGER, _POINTER, _INTEGER)
     return library
 
 
@@ -101,6 +102,53 @@ def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor |
     sizes = _sizes(count // width, width, y.shape[-1], A.shape[0], scale, _NUMBERS[dtype])
     done = function(x.data_ptr(), y.data_ptr(), A.data_ptr(), B.data_ptr(), to.data_ptr(), sizes[1])
     return to if done else None
+
+
+class _Pair(ctypes.Structure):
+    _fields_ = [("A", _POINTER), ("B", _POINTER), ("rank", _INTEGER), ("scale", ctypes.c_float)]
+
+
+class Mixed:
+    """Low-rank pairs (A, B, scale), and which of them each row of a batch gets, as the C part reads them.
+
+    It points to the pairs' own memory: other numbers there are read by the next call, other memory needs another of it.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Tensor, Tensor, float]], rows: Sequence[Sequence[int]]) -> None:
+        self.kept = pairs
+        self.rows, self.out, self.width = len(rows), len(pairs[0][1]), pairs[0][0].shape[-1]
+        self.rank = max(len(A) for A, _, _ in pairs)
+        self.pairs = (_Pair * len(pairs))(*(_Pair(A.data_ptr(), B.data_ptr(), len(A), s) for A, B, s in pairs))
+        alike = sorted(range(len(rows)), key=lambda row: tuple(rows[row]))  # an adapter's rows find it in the cache
+        turns = [number for row in alike for pair in rows[row] or [-1] for number in (row, pair)]
+        self.turns = (_INTEGER * len(turns))(*turns)
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor, float]], rows: Sequence[Sequence[int]]) -> Mixed | None:
+        """None where this is not for such pairs."""
+        fit = _library() is not None and all(_readable(A) and _readable(B) for A, B, _ in pairs)
+        return cls(pairs, rows) if fit and pairs else None
+
+    def beside(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """y + scale·B(A(x)) by each row's pairs, x [rows, ..., in], y [rows, ..., out]; None where it is not for x."""
+        dtype = y.dtype
+        if type(x) is not Tensor or type(y) is not Tensor or dtype not in _NUMBERS or x.dtype is not dtype:
+            return None
+        if not (x.is_cpu and y.is_cpu and x.is_contiguous() and y.is_contiguous() and x.numel()) or transforms():
+            return None
+        tokens = x.numel() // (self.rows * self.width)
+        sizes = _sizes(tokens, self.width, self.out, self.rank, 0.0, _NUMBERS[dtype])
+        to = torch.empty_like(y)
+        done = _built().veneer_mixed(
+            *(x.data_ptr(), y.data_ptr(), to.data_ptr(), ctypes.addressof(self.pairs), ctypes.addressof(self.turns)),
+            *(len(self.turns) // 2, sizes[1], torch.get_num_threads()),
+        )
+        return to if done else None
+
+
+def _readable(factor: Tensor) -> bool:
+    plain = (type(factor) is Tensor or type(factor) is nn.Parameter) and factor.is_cpu and not transforms()
+    return plain and factor.dtype is torch.float32 and factor.is_contiguous()
 
 
 transforms: Callable[[], bool] = torch._C._are_functorch_transforms_active
