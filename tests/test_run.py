@@ -202,12 +202,16 @@ def test_a_run_goes_on_to_the_bit_from_the_middle_of_a_later_epoch(recipe, tmp_p
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, kills):
     script = Path(small_run.__file__)
-    environment = os.environ | {"PYTHONPATH": f"{Path(veneer.__file__).parents[1]}:{script.parent}"}
+    (tmp_path / "elsewhere").mkdir()
+    path = f"{Path(veneer.__file__).parents[1]}:{script.parent}"
+    environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "elsewhere")}
     command = [sys.executable, "-W", "ignore", str(script), str(recipe), str(tmp_path), str(kills), "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) == kills
     assert same(tmp_path / "undisturbed", tmp_path / "killed")
+    left = [*(tmp_path / "killed").glob(".rows*"), *(tmp_path / "elsewhere").glob("veneer*")]
+    assert not left  # nothing of the rows of those that were killed
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(recipe, whole, tmp_path):
