@@ -273,7 +273,7 @@ def test_what_c_is_not_for_in_a_mixture_is_left_to_torch():
     x, y, pairs, rows = mixture(torch.float32, 2)
     ((A, B, scale), *rest) = pairs
     assert lora_cpu.Mixed.of([(torch.nn.Parameter(A.double()), B, scale), *rest], rows) is None
-    assert lora_cpu.Mixed.of([(A, torch.nn.Parameter(B.T.clone()).T, scale), *rest], rows) is None
+    assert lora_cpu.Mixed.of([(A, torch.nn.Parameter(B.T.contiguous()).T, scale), *rest], rows) is None
     assert lora_cpu.Mixed.of([], [[]]) is None
     if lora_cpu.missing() is None:
         mixed = lora_cpu.Mixed.of(pairs, rows)
