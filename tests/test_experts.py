@@ -156,7 +156,8 @@ def test_merged_experts_are_saved_and_loaded_again_exactly(kind, tmp_path):
     other = type(model).from_pretrained(tmp_path, dtype=torch.float64, experts_implementation="eager").eval()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[key]), key
-    assert torch.equal(answer(model), answer(other))
+    # the same weights elsewhere in memory may be summed in another order
+    torch.testing.assert_close(answer(model), answer(other), rtol=1e-12, atol=1e-12)
 
 
 def test_a_stack_acts_on_activations_as_its_product():
