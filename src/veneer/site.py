@@ -87,6 +87,7 @@ class Site(nn.ModuleDict):
     ) -> Iterator[tuple[Delta, Binding, Rows]]:
         """The deltas that act now at one port, with the rows they act on (None: all)."""
         routes, lists = self.routes, self._modules
+        dropped = routes.dropped  # asked first: compiled code that looks at a path is for that one place alone
         for name in routes.order if routes.rows is not None else routes.active:
             if name not in lists:
                 continue
@@ -95,7 +96,7 @@ class Site(nn.ModuleDict):
                 continue
             deltas = lists[name]._modules.values()  # as they lie: this runs at every call
             for delta, binding in zip(deltas, self.bindings[name], strict=True):
-                if isinstance(delta, port) and binding.path not in routes.dropped:
+                if isinstance(delta, port) and not (dropped and binding.path in dropped):
                     yield delta, binding, rows
 
 
