@@ -33,14 +33,14 @@ def refuse_without_compiler() -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise RecipeError(
-                f"{SAY} needs a C++ compiler, and neither $CXX, g++ nor clang++ runs here. Install one, or leave it out."
+                f"{SAY} needs a C++ compiler, and neither $CXX nor g++ runs here. Install one, or leave it out."
             ) from None
     elif not torch.utils._triton.has_triton():
         raise RecipeError(f"{SAY} needs Triton on this device. Run: pip install triton, or leave it out.")
 
 
 class CompiledBlocks:
-    """The blocks of a model from the one numbered `first` on, compiled within `step`, each graph when it is first needed.
+    """A model's blocks from the one numbered `first` on, compiled within `step`, each graph when it is first needed.
 
     `graphs` are those made so far, `steps` the training steps that made some. Raises RecipeError for a model without
     blocks, and in `step` for blocks that are no single graph.
