@@ -160,6 +160,20 @@ def test_a_model_without_blocks_is_refused():
 
 
 @pytest.mark.usefixtures("quickly")
+def test_a_block_with_an_adapter_and_one_without_have_graphs_of_their_own():
+    model = tiny(byte_tokenizer())
+    adapter = veneer.attach(model, veneer.LoRA(rank=2), "model.layers.1.*_proj")
+    for name, each in adapter.named_parameters():
+        nn.init.normal_(each, std=0.3) if name.endswith("B") else None
+    plain, _ = gradients(model, batch(3, 9))
+    blocks = CompiledBlocks(model)
+    with blocks.step(1):
+        loss, _ = gradients(model, batch(3, 9))
+    torch.testing.assert_close(loss, plain, **SAME)
+    assert blocks.graphs == 2
+
+
+@pytest.mark.usefixtures("quickly")
 def test_blocks_that_are_no_single_graph_are_refused():
     model = tiny(byte_tokenizer())
     model.model.layers[1].mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())

@@ -1,14 +1,16 @@
 """training.compile: the blocks of a model compiled where they stand, for the time of each training step.
 
 Every block has the same code, so a few graphs serve them all: one for each kind of block, of mask, and of input that
-asks for a gradient or does not. Lengths and batch sizes are variables of a graph. Evaluation, generation and whoever
-gets the model afterwards run it as it was.
+asks for a gradient or does not. Compiled code does not watch hooks, by which adapters act, so blocks whose hooks differ
+are told apart by a number that it does watch. Lengths and batch sizes are variables of a graph. Evaluation, generation
+and whoever gets the model afterwards run it as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,8 +54,11 @@ class CompiledBlocks:
             raise RecipeError(f"{SAY}: {type(model).__name__} has no blocks of transformers'. Leave it out.")
         self.name = type(model).__name__
         self.blocks: list[nn.Module] = [model.get_submodule(path) for path in paths]
+        compiled = torch.compile(_call, fullgraph=True, dynamic=True)
+        kinds = [_hooks(block) for block in self.blocks]
         self.calls: list[Callable[..., Any]] = [
-            torch.compile(block._call_impl, fullgraph=True, dynamic=True) for block in self.blocks
+            partial(compiled, f"kind {kinds.index(kind)}", block)
+            for block, kind in zip(self.blocks, kinds, strict=True)
         ]
         self.graphs = 0
         self.steps: list[int] = []
@@ -89,3 +94,22 @@ class CompiledBlocks:
     def as_dict(self) -> dict[str, Any]:
         """For a report."""
         return {"graphs": self.graphs, "at_steps": self.steps}
+
+
+def _call(kind: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    assert kind.startswith("kind")  # a text that is looked at makes a graph of its own for each value
+    return block._call_impl(*args, **kwargs)
+
+
+def _hooks(block: nn.Module) -> list[Any]:
+    """What hangs on each module of a block, in order."""
+    return [
+        (
+            path,
+            [
+                getattr(hook, "func", hook)
+                for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
+            ],
+        )
+        for path, each in block.named_modules()
+    ]
