@@ -3,13 +3,13 @@
     .venv/bin/python bench/throughput.py [--full] [--examples 24] [--batch 8] [--rounds 2] [--ways ...]
 
 LoRA of rank 8 on all linears of SmolLM2-135M in bfloat16, adapters in float32, the same verses as chats, answers
-learned only, batches of like length, no recomputing. TRL has its own loss in chunks and either autocast or none. Each
+learned only, batches of like length, no recomputing. TRL has its own loss in chunks and autocast, its default. Each
 way trains on the examples for two epochs: in the first threads, caches and graphs warm up, the second is measured. A
 figure is the tokens of all examples, without padding, over the seconds of that epoch's steps; CPU seconds are the
 processor's, which other work on the machine disturbs less. Ways take turns in one process, and ratios are those of each
 turn. The floor is the frozen model forward and back, with the loss in chunks, on the same examples and nothing else.
 
-The short measure is TRL without autocast, ours and the floor. --full measures the other ways too (autocast, packed rows
+The short measure is TRL, ours and the floor. --full measures the other ways too (no autocast, packed rows
 of 512 tokens, the loss whole, blocks compiled), on more examples and in more rounds. Needs `trl` and `peft`, and a C++
 compiler for the compiled way.
 """
@@ -47,7 +47,7 @@ PEER, OURS, FLOOR = "TRL + PEFT", "Veneer", "frozen model"
 SHORT = (PEER, OURS, FLOOR)
 FULL = (
     PEER,
-    f"{PEER}, autocast",
+    f"{PEER}, no autocast",
     f"{PEER}, packed",
     OURS,
     "Veneer, whole loss",
@@ -155,7 +155,7 @@ def trl(way: str, rows: list[dict[str, Any]], batch: int) -> str:
             packing=packed,
             completion_only_loss=True,
             train_sampling_strategy="random" if packed else "group_by_length",
-            bf16="autocast" in way,
+            bf16="no autocast" not in way,
             gradient_checkpointing=False,
             use_cpu=True,
             save_strategy="no",

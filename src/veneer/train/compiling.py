@@ -72,7 +72,7 @@ class CompiledBlocks:
         before = counters["stats"]["unique_graphs"]
         try:
             self._set(self.calls)
-            with torch.compiler.config.patch(recompile_limit=LIMIT):
+            with torch.compiler.config.patch(recompile_limit=LIMIT):  # type: ignore[attr-defined]  # made at import
                 yield
         except TorchDynamoException as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
