@@ -1,38 +1,83 @@
 """How many tokens a second does training take: a recipe of Veneer's beside TRL's SFTTrainer with PEFT?
 
-    .venv/bin/python bench/throughput.py [--examples 48] [--rounds 2]
+    .venv/bin/python bench/throughput.py [--full] [--examples 24] [--batch 8] [--rounds 2] [--ways ...]
 
-LoRA of rank 8 on all linears of SmolLM2-135M in bfloat16, on the same verses as chats, answers learned only, batches of
-8 examples (packed rows: two of 512 tokens, about as many tokens). Both as good as their settings get on this machine:
-batches of like length, or packed rows; no recomputing; TRL with its own loss in chunks. Each runs in a process of its
-own, one after the other, several times. A figure is the tokens of all examples, without padding, over the seconds of
-one epoch's steps, of which the first is left out; CPU seconds are the processor's, which other work on the machine
-disturbs less. Needs `trl` and `peft`. Prints a table; the figures of a named machine are kept in bench/results/.
+LoRA of rank 8 on all linears of SmolLM2-135M in bfloat16, adapters in float32, the same verses as chats, answers
+learned only, batches of like length, no recomputing. TRL has its own loss in chunks and autocast, its default. Each
+way trains on the examples for two epochs: in the first threads, caches and graphs warm up, the second is measured. A
+figure is the tokens of all examples, without padding, over the seconds of that epoch's steps; CPU seconds are the
+processor's, which other work on the machine disturbs less. Ways take turns in one process, and ratios are those of each
+turn. The floor is the frozen model forward and back, with the loss in chunks, on the same examples and nothing else.
+
+The short measure is TRL, ours and the floor. --full measures the other ways too (no autocast, packed rows
+of 512 tokens, the loss whole, blocks compiled), on more examples and in more rounds. Needs `trl` and `peft`, and a C++
+compiler for the compiled way.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import TrainerCallback
+from transformers import trainer as trainer_module
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import veneer
 from veneer.demo import example
 from veneer.samples import smollm2, verses
+from veneer.samples.quiet import quiet
+from veneer.train.data.collate import Tokens
 from veneer.train.machine import fitting_threads, versions
 
-BATCH, SEED, RATE, LENGTH, ROWS = 8, 0, 1e-3, 512, 2
-WAYS = ("TRL + PEFT", "TRL + PEFT, packed", "Veneer", "Veneer, whole loss", "Veneer, packed")
+SEED, RATE, LENGTH = 0, 1e-3, 512
+PEER, OURS, FLOOR = "TRL + PEFT", "Veneer", "frozen model"
+SHORT = (PEER, OURS, FLOOR)
+FULL = (
+    PEER,
+    f"{PEER}, no autocast",
+    f"{PEER}, packed",
+    OURS,
+    "Veneer, whole loss",
+    "Veneer, packed",
+    "Veneer, compiled",
+    FLOOR,
+)
+Clock = tuple[float, float]
+
+
+@dataclass
+class Run:
+    """One way in one round: tokens a second by the clock and of the processor, and what was said of it."""
+
+    wall: float
+    cpu: float
+    note: str = ""
+
+
+class Ticks(TrainerCallback):
+    """When each optimizer step of a Trainer ended; transformers makes one for every Trainer, TRL's too."""
+
+    ends: list[Clock] = []  # noqa: RUF012 (all Trainers write into one)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.ends.append(now())
+
+
+def now() -> Clock:
+    return time.perf_counter(), time.process_time()
 
 
 def chats(count: int) -> list[dict[str, Any]]:
@@ -44,30 +89,54 @@ def chats(count: int) -> list[dict[str, Any]]:
     return found
 
 
-def recipe(way: str, folder: str, rows: list[dict[str, Any]]) -> None:
-    data = f"{folder}/chats.jsonl"
-    with open(data, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def recipe(way: str, rows: list[dict[str, Any]], batch: int) -> str:
     packed = {"packing": True, "max_length": LENGTH} if "packed" in way else {}
-    veneer.train(
-        {
-            "model": "sample:smollm2",
-            "method": {"LoRA": {"rank": 8, "alpha": 16.0}},
-            "data": {"path": data, **packed},
-            "training": {
-                "epochs": 1,
-                "batch_size": ROWS if packed else BATCH,
-                "learning_rate": RATE,
-                "loss": "whole" if "whole" in way else "auto",
-                "checkpoint_every": 10**6,
-                "trackers": [],
-            },
-            "output": f"{folder}/out",
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/chats.jsonl"
+        with open(data, "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        training = {
+            "epochs": 2,
+            "batch_size": batch if not packed else packed_rows(rows, batch),
+            "learning_rate": RATE,
+            "loss": "whole" if "whole" in way else "auto",
+            "compile": "compiled" in way,
+            "checkpoint_every": 10**6,
+            "trackers": [],
         }
-    )
+        done = veneer.train(
+            {
+                "model": "sample:smollm2",
+                "method": {"LoRA": {"rank": 8, "alpha": 16.0}},
+                "data": {"path": data, "held_out": 0, **packed},
+                "training": training,
+                "output": f"{folder}/out",
+            },
+            console=Console(file=io.StringIO()),
+        )
+    return "" if done.report["compiled"] is None else graphs(done.report)
 
 
-def trl(way: str, folder: str, rows: list[dict[str, Any]]) -> None:
+def graphs(report: dict[str, Any]) -> str:
+    """How many were made, in which steps, and how long those took: the steps after the first epoch are measured."""
+    made = report["compiled"]
+    seconds = sum(report["step_seconds"][step - 1] for step in made["at_steps"])
+    late = [step for step in made["at_steps"] if step > report["steps"] // 2]
+    return f"{made['graphs']} graphs in steps {made['at_steps']} of {seconds:.0f} s" + (" (measured!)" if late else "")
+
+
+def packed_rows(rows: Sequence[Any], batch: int) -> int:
+    """Packed rows that hold about as many tokens as a batch of examples."""
+    return max(1, round(batch * statistics.mean(lengths(rows)) / LENGTH))
+
+
+def lengths(rows: Sequence[dict[str, Any]]) -> list[int]:
+    tokenizer = smollm2.load(smollm2.folder()).tokenizer
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
+    return [len(tokenizer(text)["input_ids"]) for text in texts]
+
+
+def trl(way: str, rows: list[dict[str, Any]], batch: int) -> str:
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
@@ -75,80 +144,107 @@ def trl(way: str, folder: str, rows: list[dict[str, Any]]) -> None:
     chat = smollm2.load(smollm2.folder())
     packed = "packed" in way
     halves = [{"prompt": row["messages"][:2], "completion": row["messages"][2:]} for row in rows]
-    arguments = SFTConfig(
-        folder,
-        num_train_epochs=1,
-        per_device_train_batch_size=ROWS if packed else BATCH,
-        learning_rate=RATE,
-        max_length=LENGTH,
-        packing=packed,
-        completion_only_loss=True,
-        train_sampling_strategy="random" if packed else "group_by_length",
-        bf16=False,
-        gradient_checkpointing=False,
-        use_cpu=True,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-    trainer = SFTTrainer(
-        chat.model,
-        arguments,
-        train_dataset=Dataset.from_list(halves),
-        processing_class=chat.tokenizer,
-        peft_config=lora,
-    )
-    trainer.train()
+    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = SFTConfig(
+            folder,
+            num_train_epochs=2,
+            per_device_train_batch_size=packed_rows(rows, batch) if packed else batch,
+            learning_rate=RATE,
+            max_length=LENGTH,
+            packing=packed,
+            completion_only_loss=True,
+            train_sampling_strategy="random" if packed else "group_by_length",
+            bf16="no autocast" not in way,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            chat.model,
+            arguments,
+            train_dataset=Dataset.from_list(halves),
+            processing_class=chat.tokenizer,
+            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+        )
+        trainer.remove_callback(trainer_module.PrinterCallback)
+        trainer.train()
+    return ""
 
 
-def measure(way: str, count: int) -> dict[str, float]:
-    rows = chats(count)
+def frozen(way: str, rows: list[dict[str, Any]], batch: int) -> str:
+    """The frozen model forward and back, on batches of like length, as ours and TRL's are."""
     chat = smollm2.load(smollm2.folder())
-    texts = [chat.tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
-    tokens = sum(len(chat.tokenizer(text)["input_ids"]) for text in texts)
-    ends: list[tuple[float, float]] = []
-    register_optimizer_step_post_hook(lambda *_: ends.append((time.perf_counter(), time.process_time())))
-    with fitting_threads(), tempfile.TemporaryDirectory() as folder:
-        (trl if "TRL" in way else recipe)(way, folder, rows)
-    measured = tokens * (len(ends) - 1) / len(ends)
-    wall, cpu = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
-    return {"wall": measured / wall, "cpu": measured / cpu, "steps": len(ends), "tokens": tokens}
+    model, tokenizer = chat.model.requires_grad_(False).train(), chat.tokenizer
+    encoded = []
+    for row in rows:
+        both, asked = (
+            tokenizer(tokenizer.apply_chat_template(part, tokenize=False, add_generation_prompt=more))["input_ids"]
+            for part, more in ((row["messages"], False), (row["messages"][:2], True))
+        )
+        encoded.append({"input_ids": both, "labels": [-100] * len(asked) + both[len(asked) :]})
+    order = get_length_grouped_indices([len(row["input_ids"]) for row in encoded], batch)
+    batches = [[encoded[row] for row in order[start : start + batch]] for start in range(0, len(order), batch)]
+    hook = model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+    with veneer.chunk_loss(model):
+        for each in batches * 2:
+            model(**Tokens(tokenizer.pad_token_id)(each), use_cache=False).loss.backward()
+            Ticks.ends.append(now())
+    hook.remove()
+    return ""
+
+
+def measure(way: str, rows: list[dict[str, Any]], batch: int, tokens: int) -> Run:
+    Ticks.ends.clear()
+    run: Callable[..., str] = frozen if way == FLOOR else trl if way.startswith(PEER) else recipe
+    with fitting_threads():
+        note = run(way, rows, batch)
+    middle = len(Ticks.ends) // 2 - 1
+    wall, cpu = (last - first for first, last in zip(Ticks.ends[middle], Ticks.ends[-1], strict=True))
+    return Run(tokens / wall, tokens / cpu, note)
+
+
+def table(found: dict[str, list[Run]]) -> Table:
+    shown = Table("", "tokens/s", "of TRL + PEFT", "tokens a CPU second", "of TRL + PEFT", "of the frozen model", "")
+    for way, runs in found.items():
+        cells = [f"{statistics.median(run.wall for run in runs):.0f}", against(found, way, PEER, "wall")]
+        cells += [f"{statistics.median(run.cpu for run in runs):.0f}", against(found, way, PEER, "cpu")]
+        shown.add_row(way, *cells, against(found, way, FLOOR, "cpu"), runs[0].note)
+    return shown
+
+
+def against(found: dict[str, list[Run]], way: str, other: str, kind: str) -> str:
+    """The median of the rounds' ratios, and their span."""
+    if way == other or other not in found:
+        return ""
+    ratios = [getattr(a, kind) / getattr(b, kind) for a, b in zip(found[way], found[other], strict=False)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=WAYS, help="which to measure, of those in the table")
-    parser.add_argument("--only", metavar="WAY", help="measure one, in this process")
+    parser.add_argument("--full", action="store_true", help="all ways, 96 examples, five rounds")
+    parser.add_argument("--examples", type=int)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--ways", nargs="+", choices=FULL, help="which to measure")
     asked = parser.parse_args()
-    if asked.only:
-        print(json.dumps(measure(asked.only, asked.examples)))
-        return
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
-    for _ in range(asked.rounds):
-        for way in asked.ways:
-            command = [sys.executable, __file__, "--examples", str(asked.examples), "--only", way]
-            ran = subprocess.run(command, capture_output=True, text=True)
-            if ran.returncode:
-                sys.exit(f"{way}: {ran.stderr[-2000:]}")
-            found[way].append(json.loads(ran.stdout.splitlines()[-1]))
+    ways = asked.ways or (FULL if asked.full else SHORT)
+    examples = asked.examples or (96 if asked.full else 24)
+    trainer_module.DEFAULT_CALLBACKS.append(Ticks)
+    rows = chats(examples)
+    tokens = sum(lengths(rows))
+    found: dict[str, list[Run]] = {way: [] for way in ways}
+    for _ in range(asked.rounds or (5 if asked.full else 2)):
+        for way in ways:
+            found[way].append(measure(way, rows, asked.batch, tokens))
             print(way, found[way][-1], file=sys.stderr, flush=True)
-    table = Table("", "tokens/s", "of TRL", "tokens a CPU second", "of TRL", "steps")
-    first = found[asked.ways[0]]
-    for way, runs in found.items():
-        cells = []
-        for kind in ("wall", "cpu"):
-            rates = [run[kind] for run in runs]
-            ratios = [run[kind] / peer[kind] for run, peer in zip(runs, first, strict=True)]
-            cells += [", ".join(f"{rate:.0f}" for rate in rates), f"{statistics.median(ratios):.2f}"]
-        table.add_row(way, *cells, f"{runs[0]['steps']:.0f}")
-    console = Console(width=120)
-    console.print(
-        f"{first[0]['tokens']:.0f} tokens of {asked.examples} examples; torch {torch.__version__}, {versions()}"
-    )
-    console.print(table)
+    console = Console(width=170)
+    console.print(f"{tokens} tokens of {examples} examples, {asked.batch} a step; {torch.get_num_threads()} thread(s)")
+    console.print(f"torch {torch.__version__}, {versions()}")
+    console.print(table(found))
 
 
 if __name__ == "__main__":

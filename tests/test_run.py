@@ -335,6 +335,7 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["training.head_learning_rate=0.1"], "has all its weights, so no head is trained whole"),
         (["data.shuffle=false", "training.group_by_length=true"], "group_by_length makes an order of its own"),
         (["method={AdapterFusion: {parts: [/no/a, /no/b]}}"], "/no/a is no folder of an adapter"),
+        (["training.parallel=fsdp", "training.compile=true"], "FSDP gathers each block's weights"),
         (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
         (["training.parallel=fsdp", "model.quantization=bitsandbytes-8bit"], "take ddp, or bitsandbytes-4bit or nf4"),
         (["model=/no/where"], "cannot be loaded"),
@@ -425,6 +426,7 @@ OTHER_FILES = {
     "data.shuffle": "test_run.py",
     "training.cache_frozen": "test_frozen.py",
     "training.loss": "test_frozen.py",
+    "training.compile": "test_compiling.py",
 }
 
 

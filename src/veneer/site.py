@@ -111,6 +111,7 @@ class Site(nn.ModuleDict):
 
     def _acting(self, port: type[Delta] | tuple[type[Delta], ...], batch: Tensor | None) -> Iterator[Acting]:
         routes, lists = self.routes, self._modules
+        dropped = routes.dropped  # asked first: compiled code that looks at a path is for that one place alone
         for name in routes.order if routes.rows is not None else routes.active:
             if name not in lists:
                 continue
@@ -118,7 +119,7 @@ class Site(nn.ModuleDict):
             if rows == []:
                 continue
             for delta, binding in zip(cast(nn.ModuleList, lists[name]), self.bindings[name], strict=True):
-                if isinstance(delta, port) and binding.path not in routes.dropped:
+                if isinstance(delta, port) and not (dropped and binding.path in dropped):
                     yield delta, binding, rows
 
 

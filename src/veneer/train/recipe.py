@@ -77,6 +77,8 @@ class Training(Section):
     loss: "chunked" never holds the logits of a whole batch, with the same numbers, and is refused where the model's
         loss is another; "whole" is the model's own; "auto" is chunked where the model allows it.
     cache_frozen: keep what the blocks below the lowest adapter compute, on disk, from the first epoch for the others.
+    compile: train with the model's blocks compiled by torch.compile, for all lengths at once: the first steps take a
+    minute or more, the others less than before. On a CPU it needs a C++ compiler.
     max_grad_norm: longer gradients are cut to it. lora_plus_ratio: B learns so many times faster than A (LoRA+).
     checkpoint_every: optimizer steps between checkpoints; ten a run where nothing is named. keep_checkpoints: the last.
     parallel: how several processes (torchrun, accelerate launch) share a run: each holds the whole model ("ddp"), or a
@@ -99,6 +101,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     loss: Literal["auto", "chunked", "whole"] = "auto"
     cache_frozen: bool = False
+    compile: bool = False
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     max_grad_norm: Positive = 1.0
     lora_plus_ratio: Positive | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from veneer.errors import RecipeError, RunError
-from veneer.train import checkpoint, trackers
+from veneer.train import checkpoint, compiling, trackers
 from veneer.train.metrics import WRITTEN
 from veneer.train.processes import processes
 from veneer.train.recipe import Recipe
@@ -15,6 +15,8 @@ from veneer.train.tasks import Task
 def refuse(recipe: Recipe, task: Task) -> None:
     """RecipeError for all that could not act with these data."""
     trackers.refuse_missing(recipe.training.trackers)
+    if recipe.training.compile:
+        compiling.refuse_without_compiler()
     wrong = _idle(recipe, task)
     if task.name != "sequence_classification":  # labels may turn out to be numbers when all rows are read
         wrong += _idle_metrics(recipe, task)
@@ -60,6 +62,8 @@ def _idle(recipe: Recipe, task: Task) -> list[str]:
         wrong.append(
             "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
         )
+    if training.parallel == "fsdp" and training.compile:
+        wrong.append("training.compile: FSDP gathers each block's weights between graphs; take ddp, or leave it out.")
     if training.cache_frozen and number > 1:
         wrong.append("training.cache_frozen is for one process: several see other rows in each epoch; leave it out.")
     if training.cache_frozen and task.name in ("preference", "image_classification", "speech"):

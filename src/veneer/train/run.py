@@ -28,6 +28,7 @@ from veneer.train import checkpoint, method_sections, models, tasks, trackers
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments
 from veneer.train.callback import AdapterCallback
+from veneer.train.compiling import CompiledBlocks
 from veneer.train.curve import draw
 from veneer.train.data import Prepared, prepare, recognize
 from veneer.train.frozen import FrozenBlocks
@@ -333,6 +334,7 @@ class _Run:
             ],
             best=Best(adapter, best, recipe.evaluation.patience),
             frozen=frozen,
+            compiled=CompiledBlocks(model, 0 if frozen is None else frozen.count) if training.compile else None,
         )
         if training.parallel == "fsdp":
             share_out(model)
@@ -366,6 +368,7 @@ class _Run:
             "tokens_per_second": history.tokens_per_second,
             "step_seconds": history.step_seconds,
             "seconds": round(time.perf_counter() - self.started, 2),
+            "compiled": None if trainer.compiled is None else trainer.compiled.as_dict(),
             "peak_bytes": peak_bytes(device()),
             "data": self.prepared.report.as_dict(),
             "log": state.log_history,
@@ -389,7 +392,7 @@ class _Run:
         whole.replace(self.folder / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
-_NO_DIFFERENCE = (".output", ".record", ".training.parallel", ".training.micro_batch_size")
+_NO_DIFFERENCE = (".output", ".record", ".training.parallel", ".training.micro_batch_size", ".training.compile")
 
 
 def _differences(one: Any, other: Any, path: str = "") -> set[str]:

@@ -17,8 +17,10 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from veneer import sharding
 from veneer.errors import Diverged
+from veneer.seams import transformers
 from veneer.store import packed
 from veneer.train import checkpoint
+from veneer.train.compiling import CompiledBlocks
 from veneer.train.frozen import FrozenBlocks
 from veneer.train.order import Order
 from veneer.train.tasks import Task
@@ -55,7 +57,7 @@ class Collate:
 
 class RecipeTrainer(Trainer):
     """A Trainer that measures with `measure`, takes the loss of `task` and rows in an `order`, keeps the last
-    `keep` checkpoints, and what `frozen` blocks compute."""
+    `keep` checkpoints, and what `frozen` blocks compute; it trains on `compiled` blocks where there are any."""
 
     def __init__(
         self,
@@ -69,6 +71,7 @@ class RecipeTrainer(Trainer):
         advice: Callable[[], str],
         best: Best,
         frozen: FrozenBlocks | None = None,
+        compiled: CompiledBlocks | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -81,6 +84,7 @@ class RecipeTrainer(Trainer):
         self.advice = advice
         self.best = best
         self.frozen = frozen
+        self.compiled = compiled
         self.add_callback(best)
         if order is not None:
             self.add_callback(order)
@@ -97,12 +101,13 @@ class RecipeTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """One micro-batch; Diverged where its loss is no number."""
         numbers = inputs.pop(ROW, None)
+        step = self.state.global_step + 1
         serving = nullcontext() if self.frozen is None else self.frozen.serving(numbers.tolist(), inputs)
-        with serving:
+        compiled = nullcontext() if self.compiled is None else self.compiled.step(step)
+        with serving, compiled:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             rows = "" if numbers is None else f" in a batch of training rows {', '.join(map(str, numbers.tolist()))}"
-            step = self.state.global_step + 1
             raise Diverged(f"The loss became {loss.item()} at step {step}{rows}; {self.advice()}")
         return loss
 
@@ -111,6 +116,7 @@ class RecipeTrainer(Trainer):
     ) -> Any:
         """The task's own loss, where it has one: a mean over the rows of a micro-batch."""
         if self.task.loss is None:
+            inputs = inputs | transformers.without_cache(self.model)  # a cache copies all keys and values once more
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self.task.loss(model, inputs)
         return (loss, None) if return_outputs else loss
