@@ -30,8 +30,7 @@ from transformers import BertConfig, GemmaConfig, GPT2Config, LlamaConfig, Mixtr
 
 import veneer
 from veneer.errors import VeneerError
-from veneer.plan import lines, tracing
-from veneer.plan import host
+from veneer.plan import host, lines, tracing
 from veneer.plan.plan import made
 from veneer.seams import depths, loading
 
@@ -176,14 +175,15 @@ def page(full: bool) -> str:
         text.append(f"- {name}: median error {statistics.median(map(abs, off)):.1%}, largest {max(off, key=abs):+.1%}")
     text += [
         "",
-        "| model | method | checkpointing | process | predicted | gives back | error | added | predicted | as it is | error |",
+        "| model | method | checkpointing | process | predicted | gives back | error | added "
+        "| predicted | as it is | error |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, name, checkpointing, kept, given in rows:
         sizes = [f"{given[key] / mib:.0f}" for key in ("before", "predicted", "measured")]
         added = (given["predicted"] - given["before"]) / (given["measured"] - given["before"]) - 1
         cells = [family, name, "yes" if checkpointing else "no", *sizes, f"{_off(given):+.1%}", f"{added:+.1%}"]
-        cells += [f"{kept[key] / mib:.0f}" for key in ("predicted", "measured")] + [, f"{_off(kept):+.1%}"]
+        cells += [f"{kept[key] / mib:.0f}" for key in ("predicted", "measured")] + [f"{_off(kept):+.1%}"]
         text.append(f"| {' | '.join(cells)} |")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     head = ["# Predicted and measured memory on a CPU", "", f"`bench/plan.py`, {versions}.", ""]
