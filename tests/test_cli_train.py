@@ -6,7 +6,7 @@ import pytest
 import small_run
 from command import run
 
-from veneer.train import using
+from veneer.train import answering
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,10 @@ def test_train_eval_and_generate(recipe, tmp_path, monkeypatch, capsys):
     assert code == 0
     assert out.strip() == answers[0]["answer"]
     asked = []
-    encode = using.encode_prompt
-    monkeypatch.setattr(using, "encode_prompt", lambda t, example: asked.append(example.system) or encode(t, example))
+    encode = answering.encode_prompt
+    monkeypatch.setattr(
+        answering, "encode_prompt", lambda t, example: asked.append(example.system) or encode(t, example)
+    )
     for told in (["--system", "Another voice."], []):
         assert run(monkeypatch, capsys, "generate", adapter, "thou 3", *told, "--max-new-tokens", 4)[0] == 0
     assert asked == ["Another voice.", ""]

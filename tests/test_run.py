@@ -98,10 +98,20 @@ def test_other_data_under_a_saved_recipe_are_refused(recipe, whole, tmp_path):
 
 
 def test_an_adapter_is_measured_and_answers_again(whole):
-    base, adapted = using.compare(whole.folder / "adapter", [])
+    base, adapted = veneer.train.figures(whole.folder / "adapter")
     assert adapted == pytest.approx(whole.metrics)
     assert base == pytest.approx(whole.before)
-    assert len(using.answer(whole.folder / "adapter", ["thou 3", "thou 4"], 4)) == 2
+    assert len(veneer.train.answers(whole.folder / "adapter", ["thou 3", "thou 4"], max_new_tokens=4)) == 2
+
+
+INPUTS = {
+    "sequence_classification": ["good 1", "bad 2\tgood 3"],
+    "regression": ["row 3", "row 4"],
+    "seq2seq": ["thou 3", "thou 4 and more"],
+    "image_classification": ["images/dark/0.png", "images/light/1.png"],
+    "speech": ["tones/0.wav", "tones/1.wav"],
+    "preference": ["thou 3", "thou 4"],
+}
 
 
 @pytest.mark.parametrize(
@@ -123,8 +133,14 @@ def test_every_task_trains(recipe, tmp_path, model, data, task, figures):
     assert result.recipe.record.task == task
     assert result.metrics.keys() == figures
     assert result.metrics["loss"] < result.before["loss"]
-    assert using.compare(output / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-4)
+    assert using.figures(output / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-4)
     assert bool(result.adapter.also_train) == (model in ("bert", "vit"))  # a head that the files do not have
+    answers = veneer.train.answers(output / "adapter", [str(folder / one) for one in INPUTS[task]], max_new_tokens=3)
+    assert len(answers) == 2
+    if result.recipe.record.labels:
+        assert set(answers) <= set(result.recipe.record.labels)
+    elif task == "regression":
+        assert all(math.isfinite(float(answer)) for answer in answers)
 
 
 # --- going on
@@ -186,12 +202,16 @@ def test_a_run_goes_on_to_the_bit_from_the_middle_of_a_later_epoch(recipe, tmp_p
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_with_the_weights_of_an_undisturbed_one(recipe, tmp_path, kills):
     script = Path(small_run.__file__)
-    environment = os.environ | {"PYTHONPATH": f"{Path(veneer.__file__).parents[1]}:{script.parent}"}
+    (tmp_path / "elsewhere").mkdir()
+    path = f"{Path(veneer.__file__).parents[1]}:{script.parent}"
+    environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path / "elsewhere")}
     command = [sys.executable, "-W", "ignore", str(script), str(recipe), str(tmp_path), str(kills), "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) == kills
     assert same(tmp_path / "undisturbed", tmp_path / "killed")
+    left = [*(tmp_path / "killed").glob(".rows*"), *(tmp_path / "elsewhere").glob("veneer*")]
+    assert not left  # nothing of the rows of those that were killed
 
 
 def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(recipe, whole, tmp_path):
@@ -491,7 +511,7 @@ def test_bitsandbytes_bases_train(recipe, tmp_path, quantization):
     result = go(recipe, tmp_path / "out", f"model.quantization={quantization}")
     assert result.model.is_quantized or result.model.config.quantization_config
     assert result.metrics["loss"] < result.before["loss"]
-    assert using.compare(tmp_path / "out" / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-3)
+    assert using.figures(tmp_path / "out" / "adapter", [])[1] == pytest.approx(result.metrics, rel=1e-3)
 
 
 def test_rows_are_taken_in_the_order_of_the_file_where_nothing_shuffles(recipe, tmp_path, monkeypatch):
@@ -526,7 +546,7 @@ def test_gates_and_fusions_are_written_in_recipes(recipe, tmp_path):
     fused = go(recipe, tmp_path / "fused", f"method={{AdapterFusion: {{parts: {parts}, regularization: 0.1}}}}")
     [method] = {one.method.regularization for one in fused.adapter.claims}
     assert method == 0.1
-    assert using.compare(tmp_path / "fused" / "adapter", [])[1] == pytest.approx(fused.metrics, rel=1e-4)
+    assert using.figures(tmp_path / "fused" / "adapter", [])[1] == pytest.approx(fused.metrics, rel=1e-4)
 
 
 @pytest.mark.parametrize(

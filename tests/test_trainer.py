@@ -3,6 +3,8 @@
 import copy
 import logging
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -221,6 +223,30 @@ def test_the_callback_adds_the_gradient_that_the_term_in_the_loss_has(tmp_path, 
     for (key, mine), theirs in zip(fusion.named_parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(mine, theirs - 0.1 * theirs.grad, rtol=1e-4, atol=1e-8, msg=key)
+
+
+@pytest.mark.parametrize("method", [LORA, ADALORA], ids=["LoRA", "AdaLoRA"])
+def test_the_loop_of_the_documentation_trains(method, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"## A loop of your own.*?```python\n(.*?)```", page, flags=re.DOTALL)
+    assert loop.count("\n") <= 12
+    model, losses = tiny.llama().train(), []
+    rows = [Rows()[row] for row in range(4)]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    model.register_forward_hook(lambda module, args, output: losses.append(output.loss.detach()))
+    names = {
+        "veneer": veneer,
+        "torch": torch,
+        "model": model,
+        "batches": [batch] * 6,
+        "folder": tmp_path / "mine",
+        "method": method,
+    }
+    assert "veneer.LoRA(rank=8)" in loop
+    exec(loop.replace("veneer.LoRA(rank=8)", "method"), names)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert veneer.load(tiny.llama(), tmp_path / "mine").parameters()
 
 
 def test_an_accelerate_loop_goes_on_bit_for_bit(tmp_path):

@@ -61,7 +61,7 @@ def eval(
     """
     from veneer.train import using
 
-    base, adapted = using.compare(adapter, overrides or [])
+    base, adapted = using.figures(adapter, overrides or [])
     if json:
         print(json_text.dumps({"base": base, "adapted": adapted}))
     else:
@@ -71,7 +71,7 @@ def eval(
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Argument(help="An adapter's folder that `veneer train` made: runs/x/adapter.")],
-    prompt: Annotated[str | None, typer.Argument(help="What to answer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to answer: a prompt, a text, or a path.")] = None,
     file: Annotated[Path | None, typer.Option(help="Answer each line of this file instead.")] = None,
     system: Annotated[
         str | None, typer.Option(help="The system message; the recipe's data.system if left out.")
@@ -79,13 +79,15 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 128,
     json: Json = False,
 ) -> None:
-    """Answer one prompt, each line of a file, or a person at a terminal, with an adapter of a language model.
+    """Answer one input, each line of a file, or a person at a terminal, with what `veneer train` made.
 
-    Always the likeliest words. Without a prompt a terminal becomes a chat: /base answers the last question by the base
-    alone, /reset forgets the conversation, /quit ends it.
+    Always the likeliest words. Without an input a terminal becomes a chat with a language model: /base answers the last
+    question by the base alone, /reset forgets the conversation, /quit ends it. A model of another task takes what it
+    was trained on: a text (a tab between two), the path of an image or of a recording; it answers with a text, the
+    name of a class, or a number.
 
     Examples: veneer generate runs/verses/adapter "Thou art mine." --system "Rewrite in modern English."; veneer
-    generate runs/verses/adapter
+    generate runs/verses/adapter; veneer generate runs/film-reviews/adapter "A lovely film."
     """
     from veneer.train import using
 
@@ -100,7 +102,7 @@ def generate(
         prompts = [prompt] if prompt is not None else Path(str(file)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{file} cannot be read: {error}.") from None
-    answers = using.answer(adapter, prompts, max_new_tokens, system)
+    answers = using.answers(adapter, prompts, max_new_tokens, system)
     if json:
         print(json_text.dumps([{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)]))
     else:

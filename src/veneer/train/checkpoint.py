@@ -46,6 +46,16 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def scratch(place: Path) -> Iterator[Path]:
+    """A folder for the time of a run; what a killed run left in it goes first."""
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 def write(folder: Path, step: int, fill: Callable[[Path], object], keep: int) -> Path:
     """Make `checkpoint-<step>` of what `fill` writes into an empty folder, and delete all but the last `keep`.
 

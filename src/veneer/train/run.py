@@ -86,10 +86,15 @@ def train(
         task = "regression"
     refuse(found, tasks.of(task, found.training.dpo_beta))
     signals = Signals()
-    with fitting_threads(), checkpoint.locked(folder, several.is_main_process), signals.caught_here():
+    with (
+        fitting_threads(),
+        checkpoint.locked(folder, several.is_main_process),
+        signals.caught_here(),
+        checkpoint.scratch(folder / f".rows-{several.process_index}") as rows,
+    ):
         refuse_used(folder, resume)
         processing = models.processing(found.model, task)
-        prepared = prepared or prepare(data, processing, found.training.seed)
+        prepared = prepared or prepare(data, processing, found.training.seed, folder=rows)
         refuse_metrics(tasks.of(prepared.task, None), found)
         run = _Run(found, prepared, processing, console, signals)
         run.settle(resume)

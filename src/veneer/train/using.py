@@ -8,11 +8,9 @@ from typing import Any
 
 import veneer
 from veneer.errors import FileError, RecipeError
-from veneer.train import models, recipe, tasks
+from veneer.train import answering, models, recipe, tasks
 from veneer.train.chatting import Chat, converse
 from veneer.train.data import prepare
-from veneer.train.evaluate import write
-from veneer.train.examples import Example, encode_prompt
 from veneer.train.measure import measure
 from veneer.train.recipe import Recipe
 from veneer.train.refusing import refuse_metrics
@@ -36,7 +34,7 @@ def opened(adapter: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Any, A
     )
 
 
-def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], dict[str, float]]:
+def figures(adapter: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, float], dict[str, float]]:
     """The figures of the base alone and with the adapter, on held-out rows."""
     found, model, tokenizer = opened(adapter, overrides)
     assert found.record is not None
@@ -52,35 +50,38 @@ def compare(adapter: Path, overrides: Sequence[str]) -> tuple[dict[str, float], 
     refuse_metrics(task, found)
     models.chunked(model, "auto")
 
-    def figures() -> dict[str, float]:
+    def measured() -> dict[str, float]:
         size, evaluation = found.training.batch_size, found.evaluation
         plain = measure(model, prepared.held_out, prepared.collate, task, size, evaluation.metrics)
         rows, seed = prepared.held_out, found.training.seed
         return plain | score(model, tokenizer, rows, prepared.collate, task, evaluation, seed).metrics
 
     with veneer.use(model):
-        base = figures()
-    return base, figures()
+        base = measured()
+    return base, measured()
 
 
-def answer(adapter: Path, prompts: Sequence[str], max_new_tokens: int, system: str | None = None) -> list[str]:
-    """What the adapted model writes to each prompt, greedily; `system` is the recipe's where it is None."""
-    model, tokenizer, system = _writer(adapter, system)
-    encoded = [encode_prompt(tokenizer, Example(prompt, "", system)) for prompt in prompts]
-    return write(model, tokenizer, encoded, max_new_tokens=max_new_tokens)
+def answers(adapter: Path, asked: Sequence[str], max_new_tokens: int = 128, system: str | None = None) -> list[str]:
+    """What the adapted model answers to each input, as `answering` says; `system` is the recipe's where it is None."""
+    found, model, processing = opened(adapter)
+    assert found.record is not None
+    name, labels = found.record.task, found.record.labels
+    if name in answering.CHATS:
+        return answering.prompts(model, processing, asked, _system(found, system), max_new_tokens)
+    if system is not None:
+        raise FileError(f"{adapter} adapts a model that takes no system message. Leave it out.")
+    return answering.inputs(name, model, processing, labels, asked, max_new_tokens)
 
 
 def chat(
     adapter: Path, max_new_tokens: int, system: str | None, read: Callable[[], str], say: Callable[[str], None]
 ) -> None:
     """A conversation with the adapted model: it reads questions until there are no more, and says the answers."""
-    model, tokenizer, system = _writer(adapter, system)
-    converse(Chat(model, tokenizer, system, max_new_tokens, say), read)
-
-
-def _writer(adapter: Path, system: str | None) -> tuple[Any, Any, str]:
-    """(model, tokenizer, system message) of an adapter of a language model."""
     found, model, tokenizer = opened(adapter)
-    if found.record is None or found.record.task not in ("causal", "preference"):
-        raise FileError(f"{adapter} does not adapt a model that writes. Measure it with: veneer eval {adapter}")
-    return model, tokenizer, (found.data.system or "") if system is None else system
+    if found.record is None or found.record.task not in answering.CHATS:
+        raise FileError(f"{adapter} adapts a model that holds no conversation. Give it one input, or --file.")
+    converse(Chat(model, tokenizer, _system(found, system), max_new_tokens, say), read)
+
+
+def _system(found: Recipe, told: str | None) -> str:
+    return (found.data.system or "") if told is None else told

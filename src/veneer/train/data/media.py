@@ -33,6 +33,8 @@ def recording(value: dict[str, Any], rate: int) -> np.ndarray[Any, Any]:
         own, samples = wavfile.read(_content(value))
     except ValueError:
         own, samples = _by_soundfile(value)
+    except OSError as wrong:
+        raise DataError(f"{_name(value)} cannot be read as a recording: {wrong.strerror}.") from None
     if samples.dtype.kind in "iu":
         bits = 8 * samples.dtype.itemsize
         samples = (samples.astype(np.float32) - (128 if samples.dtype.kind == "u" else 0)) / 2 ** (bits - 1)

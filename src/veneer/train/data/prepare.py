@@ -87,7 +87,7 @@ def prepare(
     job = Job(data, name, source, other, encoder, seed, report)
     made = stream(job) if data.streaming else whole(job, folder)
     report.notes += [*(template.notes if template else ())]
-    batches = _collator(job.encoder.task, processing, data.packing, "flash" in attention)
+    batches = collator(job.encoder.task, processing, data.packing, "flash" in attention)
     return Prepared(*made, batches, job.encoder.task, job.encoder.labels, data.packing, mark, report)
 
 
@@ -110,7 +110,10 @@ def _format(data: Data, source: Source) -> tuple[str, Row]:
     return name, first
 
 
-def _collator(task: str, processing: Any, packing: bool, flat: bool) -> Callable[[Sequence[Columns]], dict[str, Any]]:
+def collator(
+    task: str, processing: Any, packing: bool = False, flat: bool = False
+) -> Callable[[Sequence[Columns]], dict[str, Any]]:
+    """What makes batches of a task's rows; `flat` joins packed rows into one."""
     if task == "image_classification":
         return collate.Pictures(processing)
     if task == "speech":
