@@ -30,8 +30,8 @@ from transformers import BertConfig, GemmaConfig, GPT2Config, LlamaConfig, Mixtr
 
 import veneer
 from veneer.errors import VeneerError
-from veneer.plan import lines, tracing
-from veneer.plan.plan import made, resident
+from veneer.plan import host, lines, tracing
+from veneer.plan.plan import made
 from veneer.seams import depths, loading
 
 SIZES = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -112,7 +112,7 @@ def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
     torch.optim.AdamW([p for p in small.parameters() if p.requires_grad]).step()
     del small
     planned = made(found, wanted, "adamw", None)
-    before = resident()
+    before = host.resident()
     said = planned.peak.expected - planned.memory["overhead"].expected + before
     model, batch = real(found, wanted)
     forget_peak()  # before it is packed, the model is there in whole
@@ -121,7 +121,8 @@ def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
         tracing.loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {"before": before, "predicted": said, "measured": status()}
+    keeps = host.kept(planned.counted["made"], wanted.quantization is not None)[0]
+    return {"before": before, "predicted": said + keeps, "kept": keeps, "measured": status()}
 
 
 def peaks(
@@ -174,14 +175,15 @@ def page(full: bool) -> str:
         text.append(f"- {name}: median error {statistics.median(map(abs, off)):.1%}, largest {max(off, key=abs):+.1%}")
     text += [
         "",
-        "| model | method | checkpointing | process | predicted | gives back | error | added | as it is | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | method | checkpointing | process | predicted | gives back | error | added "
+        "| predicted | as it is | error |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for family, name, checkpointing, kept, given in rows:
         sizes = [f"{given[key] / mib:.0f}" for key in ("before", "predicted", "measured")]
         added = (given["predicted"] - given["before"]) / (given["measured"] - given["before"]) - 1
         cells = [family, name, "yes" if checkpointing else "no", *sizes, f"{_off(given):+.1%}", f"{added:+.1%}"]
-        cells += [f"{kept['measured'] / mib:.0f}", f"{_off(kept):+.1%}"]
+        cells += [f"{kept[key] / mib:.0f}" for key in ("predicted", "measured")] + [f"{_off(kept):+.1%}"]
         text.append(f"| {' | '.join(cells)} |")
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {sys.version.split()[0]}"
     head = ["# Predicted and measured memory on a CPU", "", f"`bench/plan.py`, {versions}.", ""]

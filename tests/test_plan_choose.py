@@ -4,6 +4,7 @@ import json
 
 import pytest
 from command import run
+from transformers import BertConfig, T5Config, ViTConfig
 
 from veneer.errors import PlanError
 from veneer.plan.choose import advice, choose
@@ -79,6 +80,34 @@ def test_every_recipe_is_one():
         read = recipe.read(each.recipe)
         assert next(iter(read.methods().values()))[0] == each.candidate.method
         assert read.model.quantization == ("nf4" if each.candidate.four_bits else None)
+
+
+SMALL = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ANY = {
+    "classifying encoder": BertConfig(**SMALL, architectures=["BertForSequenceClassification"]),
+    "sequence to sequence": T5Config(
+        vocab_size=99, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0,
+        architectures=["T5ForConditionalGeneration"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ANY)
+def test_a_folder_of_any_model_and_its_config_are_chosen_for_alike(kind, tmp_path):
+    ANY[kind].save_pretrained(tmp_path)
+    from_folder, from_config = (choose(model, "1GB", batch=3, length=70) for model in (tmp_path, ANY[kind]))
+    assert [each.cost for each in from_folder] == [each.cost for each in from_config]
+    assert recipe.read(from_folder[0].recipe).model.name == str(tmp_path)
+    longer = choose(ANY[kind], "1GB", batch=3, length=140)
+    assert all(more.cost.activations > less.cost.activations for more, less in zip(longer, from_config, strict=True))
+
+
+def test_what_cannot_be_planned_says_why():
+    with pytest.raises(PlanError, match="ViTForImageClassification takes no token ids"):
+        choose(ViTConfig(**{key: SMALL[key] for key in SMALL if key != "vocab_size"},
+                         architectures=["ViTForImageClassification"]), "1GB")  # fmt: skip
+    with pytest.raises(PlanError, match="A sequence of 700 is longer than the model's 512 positions"):
+        choose(ANY["classifying encoder"], "1GB", length=700)
 
 
 def test_the_command_prints_what_it_chose(monkeypatch, capsys):

@@ -14,7 +14,7 @@ from veneer.cli.commands import Json, app
 
 @app.command()
 def choose(
-    model: Annotated[str, typer.Argument(help="A model by name: llama:7b, qwen3:32b, bert:base.")],
+    model: Annotated[str, typer.Argument(help="A folder, a Hub id, or a name: llama:7b, bert:base.")],
     gpu: Annotated[str, typer.Option("--gpu", help="A device (rtx-4090), its memory (24GB), or auto.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Examples that are computed at once.")] = 1,
     sequence: Annotated[int, typer.Option(min=1, help="Tokens of an example.")] = 512,

@@ -23,6 +23,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+from torch import nn
+
 import veneer
 from veneer.compare import forgetting, inference, predicting, scoring
 from veneer.errors import Diverged, VeneerError
@@ -63,7 +66,7 @@ def _run(told: dict[str, Any], file: Path) -> None:
         if told["validation"]:
             prepared = within_training(prepared)
         recipe = _settled(recipe, prepared, told)
-        start = peak_bytes(device())
+        start = _warm()
         result = train(recipe, prepared=prepared)
         found = _figures(result.report, result.recipe) | {"start_bytes": start, "task": prepared.task}
         adapter = folder / "run" / "adapter"
@@ -78,6 +81,17 @@ def _run(told: dict[str, Any], file: Path) -> None:
     shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
     text = json.dumps({"cell": told, **found}, ensure_ascii=False)
     whole.replace(folder / "result.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+
+
+def _warm() -> int:
+    """Bytes that the process, or the GPU, has once a step of a small layer has brought in what torch computes with.
+
+    A forked process has none of its parent's pages of libraries until it touches them.
+    """
+    layer = nn.TransformerEncoderLayer(64, 4, batch_first=True, device=device())
+    layer(torch.ones(4, 16, 64, device=device())).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+    return peak_bytes(device())
 
 
 def within_training(prepared: Prepared) -> Prepared:

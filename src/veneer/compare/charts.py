@@ -13,7 +13,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f
           "#17becf", "#e377c2")  # fmt: skip
 
 
-PARTS = ("#c3c9d0", "#1c5d99", "#56b4e9", "#e69f00", "#8c564b")
+PARTS = ("#c3c9d0", "#1c5d99", "#56b4e9", "#e69f00", "#8c564b", "#7f3fbf")
 """Of the parts of bars, which are not those of methods."""
 
 

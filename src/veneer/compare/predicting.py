@@ -13,9 +13,10 @@ from veneer.train.run import Result
 def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | str:
     """Bytes by part at the highest moment of a step, or why there is no plan of it.
 
-    `before` is what the process had before a model was loaded; it is the first part, in place of what a plan says of
-    processes, CUDA's context and the allocator's slack, because the measured peak has none of these. The step has as
-    many rows as were computed at once, all as long as the longest training row; no method's batches are longer.
+    `before` is what the process had before a model was loaded, its libraries in use; it is the first part, in place of
+    what a plan says of processes, CUDA's context and the allocator's slack, because the measured peak has none of
+    these. On a CPU the last part is what malloc keeps of what was freed. The step has as many rows as were computed at
+    once, all as long as the longest training row; no method's batches are longer.
     """
     recipe = result.recipe
     if "input_ids" not in prepared.train.column_names:
@@ -38,4 +39,6 @@ def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | s
         return str(error)
     highest = max(planned.phases.values(), key=lambda phase: sum(part.expected for part in phase.values()))
     expected = {name: round(part.expected) for name, part in highest.items() if name != "overhead"}
+    if here.kind == "cpu":
+        expected["kept by malloc"] = round(highest["overhead"].expected - highest["overhead"].low)
     return {"before": before} | expected

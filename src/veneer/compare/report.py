@@ -108,6 +108,7 @@ MEMORY = (
     ("predicted: weights", ("weights",)),
     ("predicted: adapter, gradients, optimizer", ("adapter", "gradients", "optimizer")),
     ("predicted: activations, logits, dense copies", ("activations", "logits", "dequantization")),
+    ("predicted: kept by malloc", ("kept by malloc",)),
 )
 """What a bar of the memory chart is made of, and which parts of a plan that is."""
 
@@ -119,7 +120,9 @@ def _memory(done: Sequence[Mapping[str, Any]]) -> str:
         start, peak = one["start_bytes"] / summary.MIB, one["peak_bytes"] / summary.MIB
         rows.append((one["name"], [(kinds[0], min(start, peak)), (kinds[1], max(peak - start, 0.0))]))
         if planned := one.get("predicted"):
-            sizes = [(kind, sum(planned[name] for name in names) / summary.MIB) for kind, names in MEMORY if names]
+            sizes = [
+                (kind, sum(planned.get(name, 0) for name in names) / summary.MIB) for kind, names in MEMORY if names
+            ]
             rows.append((one["name"], sizes))
     why = {one["not_predicted"] for one in done if "not_predicted" in one}
     missing = "".join(f" Not predicted: {escape(reason)}" for reason in sorted(why))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from veneer.delta import Method
@@ -74,7 +75,7 @@ def evidence() -> dict[str, Any]:
 
 
 def choose(
-    model: str,
+    model: str | Path | Any,
     on: str | Device,
     *,
     batch: int = 1,
@@ -89,7 +90,9 @@ def choose(
     hours: float | None = None,
     data: str = "data.jsonl",
 ) -> list[Choice]:
-    """Methods for a preset on a device, the best first; those that a constraint bars come last and say why.
+    """Methods for a model on a device, the best first; those that a constraint bars come last and say why.
+
+    model: a preset (`llama:7b`), a folder, a Hub id or a config, of any architecture that takes token ids.
 
     zero_overhead: nothing may be left in a forward pass once trained. tasks: served from one base, switched by request.
     storage_per_task: bytes. most_parameters: the largest share of the base that may train. quality_first: the measured
@@ -199,12 +202,15 @@ def advice(choices: Sequence[Choice], *, tasks: int = 1, quality_first: bool = F
     return found
 
 
-def _recipe(model: str, candidate: Candidate, batch: int, length: int, checkpointing: bool, data: str) -> str:
+def _recipe(
+    model: str | Path | Any, candidate: Candidate, batch: int, length: int, checkpointing: bool, data: str
+) -> str:
     """YAML that `veneer train` takes; a preset has no weights, so `model.name` is to be set to a folder or Hub id."""
     quantization = ", quantization: nf4" if candidate.four_bits else ""
+    name = model if isinstance(model, str | Path) else model.name_or_path or "MODEL"
     short = candidate.name.replace(" ", "-").lower()
     lines = (
-        f"model: {{name: '{model}', dtype: bfloat16{quantization}}}",
+        f"model: {{name: '{name}', dtype: bfloat16{quantization}}}",
         "method:",
         f"  {candidate.recipe}: {candidate.options}",
         f"data: {{path: {data}, max_length: {length}}}",

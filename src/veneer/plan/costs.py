@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +39,7 @@ class Cost:
 
 
 def cost(
-    model: str,
+    model: str | Path | Any,
     method: Method,
     where: str | None = None,
     *,
@@ -46,7 +48,7 @@ def cost(
     length: int = 512,
     checkpointing: bool = True,
 ) -> Cost:
-    """The cost of training a preset by a method, in bfloat16, with AdamW and transformers' loss.
+    """The cost of training a model (as `plan` takes it) by a method, in bfloat16, with AdamW and transformers' loss.
 
     `four_bits` packs the linears (NF4 with double quantization, 4.127 bits a weight). Adapters are float32 with two
     float32 moments and are saved in float32; full fine-tuning trains the bfloat16 weights with bfloat16 moments.

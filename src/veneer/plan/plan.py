@@ -19,6 +19,7 @@ from veneer.plan import presets
 from veneer.plan.constants import Constants, constants
 from veneer.plan.devices import CUBLAS_WORKSPACE, CUDA_CONTEXT, GIB, MIB, Device
 from veneer.plan.devices import device as device_of
+from veneer.plan.host import kept, resident
 from veneer.plan.tracing import PHASES, SLACK, Counts, Methods, Setting, counts
 from veneer.quantizing import NF4
 from veneer.seams import loading, transformers
@@ -339,8 +340,8 @@ def _completed(parts: dict[str, Interval], counted: Counts, setting: Setting) ->
     """All parts, with what the process, CUDA and the allocator add."""
     if setting.kind == "cpu":
         now = resident()
-        alive = sum(parts[part].expected for part in ("gradients", "activations", "logits") if part in parts)
-        overhead = Interval(now, now, now + alive)  # glibc's malloc may keep as much of what was freed before
+        expected, most = kept(counted.get("made", 0.0), setting.quantization is not None)
+        overhead = Interval(now, now + expected, now + most)
     else:
         slack = counted.get(SLACK, 0.0)
         alive = sum(parts[part].expected for part in ("gradients", "activations", "logits") if part in parts)
@@ -349,15 +350,6 @@ def _completed(parts: dict[str, Interval], counted: Counts, setting: Setting) ->
         # The allocator gives unused segments back before it fails, so that slack need not be there.
         overhead = context + Interval.of(2 * CUBLAS_WORKSPACE) + Interval(0, slack, most)
     return {part: parts.get(part, Interval.of(0)) for part in PARTS} | {"overhead": overhead}
-
-
-def resident() -> int:
-    """Bytes of memory that this process takes now; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) * 1024
 
 
 def _states(counted: Counts, kind: str, optimizer: str) -> tuple[float, float]:

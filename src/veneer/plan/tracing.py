@@ -35,6 +35,8 @@ Methods = Method | tuple[Method, ...] | Mapping[str, Any]
 Counts = dict[str, float]
 HOST_ALLOCATOR = Allocator(block=1)
 """What a CPU's allocator adds to a tensor's bytes is too little to count."""
+MAPPED = 32 * 2**20
+"""From this size on glibc's malloc maps memory and gives it back when it is freed; what is smaller lies in its heap."""
 SLACK = "largest slack"
 """Bytes that the allocator takes beside what is alive, of the deepest model that is built."""
 PHASES = ("forward", "loss", "last block", "first block")
@@ -115,6 +117,8 @@ def train_by(model: Any, setting: Setting) -> Any:
 
 def _count(config: Any, setting: Setting) -> Counts:
     model = build(config, setting)
+    if not transformers.accepts(model, "input_ids"):
+        raise PlanError(f"{type(model).__name__} takes no token ids, and only steps on those are planned.")
     base = held(model)
     found: Counts = {
         "total": count_parameters(model).total,
@@ -203,6 +207,8 @@ def inputs(config: Any, setting: Setting) -> dict[str, Tensor]:
         length -= max(0, length + setting.method.length - positions)
     if length < 1:
         raise PlanError(f"A prompt of {setting.method} leaves no position of {positions} for a sequence.")
+    if positions is not None and length > positions:
+        raise PlanError(f"A sequence of {length} is longer than the model's {positions} positions. Plan a shorter one.")
     ids = torch.ones(setting.batch, length, dtype=torch.long, device="meta")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -286,7 +292,7 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
     with _Counting(setting.kind) as live:
         live.hold(held(model))
         live.hold(batch.values())
-        before, marks = live.now, [("forward", 0)]
+        before, already, marks = live.now, len(live.events), [("forward", 0)]
         peaks: list[tuple[str, float, float]] = []
 
         def gradients() -> int:
@@ -317,6 +323,7 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
     highest = max(peak for _, peak, _ in peaks)
     found[SLACK] = 0.0 if setting.kind == "cpu" else max(0.0, reserved(live.events) - highest - before)
     found["largest transient"] = highest
+    found["made"] = sum(size for _, size in live.events[already:] if size < MAPPED)
     return found | {"flops": live.flops, "moved": live.moved, "calls": live.calls}
 
 
