@@ -19,9 +19,10 @@ from veneer.errors import RecipeError
 from veneer.train.compiling import CompiledBlocks, refuse_without_compiler
 from veneer.train.labels import IGNORED
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # Dynamo looks
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # Dynamo looks
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # Inductor does
+]
 COMPILE = "training.compile=true"
 SAME = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -140,8 +141,8 @@ def test_machine_code_trains_as_eager_code(recipe, tmp_path):
     compiled = go(recipe, tmp_path / "compiled", *overrides, COMPILE)
     assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
     made = compiled.report["compiled"]
-    assert made["graphs"] <= 4, "with a mask and without one, in the lowest block and in others"
-    assert max(made["at_steps"]) < 10
+    assert made["graphs"] <= 6, "with a mask, without one, and of one row; in the lowest block and in others"
+    assert max(made["at_steps"]) <= 15, "none in the second epoch"
 
 
 def test_without_a_compiler_one_sentence_says_so(recipe, tmp_path):

@@ -98,8 +98,9 @@ def test_a_folder_of_any_model_and_its_config_are_chosen_for_alike(kind, tmp_pat
     from_folder, from_config = (choose(model, "1GB", batch=3, length=70) for model in (tmp_path, ANY[kind]))
     assert [each.cost for each in from_folder] == [each.cost for each in from_config]
     assert recipe.read(from_folder[0].recipe).model.name == str(tmp_path)
-    longer = choose(ANY[kind], "1GB", batch=3, length=140)
-    assert all(more.cost.activations > less.cost.activations for more, less in zip(longer, from_config, strict=True))
+    longer = {each.name: each.cost for each in choose(ANY[kind], "1GB", batch=24, length=300)}
+    for each in from_config:
+        assert longer[each.name].activations > 8 * each.cost.activations > 0, each.name
 
 
 def test_what_cannot_be_planned_says_why():

@@ -169,7 +169,8 @@ def _reasons(
     table = evidence()
     found = [
         f"computed: {figures.peak / GIB:.1f} GiB at the peak ({figures.weights / GIB:.1f} weights, "
-        f"{figures.trained / GIB:.2f} trained with gradients and moments, {figures.activations / GIB:.1f} activations)",
+        f"{figures.trained / GIB:.2f} trained with gradients and moments, {figures.activations / GIB:.1f} activations, "
+        f"{figures.overhead / GIB:.1f} CUDA's context and allocator)",
         f"computed: {figures.trainable:,} parameters train ({figures.share:.3%}), {figures.saved / MIB:.1f} MiB a task",
         f"cited: quality {table['quality'][candidate.quality]} where full fine-tuning has {table['quality']['full']} "
         f"({table['quality']['source']})",

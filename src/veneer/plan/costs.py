@@ -17,9 +17,10 @@ from veneer.plan.plan import plan
 class Cost:
     """Bytes and operations of one training step on a 16-bit base, and what the adapter leaves behind.
 
-    weights: of the base. trained: adapter, gradients and Adam's moments. activations: whatever else is alive at the
-    peak, logits included. peak: all of it, with the CUDA context. sites: spots where a forward does more while the
-    adapter is not merged. flops: of the products of a step. saved: bytes of the adapter's file.
+    weights: of the base. trained: adapter, gradients and Adam's moments. activations: what else a step has alive at its
+    peak, logits included. overhead: CUDA's context and the allocator's slack then. peak: all of it. sites: spots where
+    a forward does more while the adapter is not merged. flops: of the products of a step. saved: bytes of the adapter's
+    file.
     """
 
     trainable: int
@@ -27,6 +28,7 @@ class Cost:
     weights: int
     trained: int
     activations: int
+    overhead: int
     peak: int
     sites: int
     flops: float
@@ -65,12 +67,15 @@ def cost(
     )
     trained = made.counted["adapter"] + made.counted["gradients"] * 3  # and two moments
     weights, peak = round(made.counted["weights"]), round(made.peak.expected)
+    highest = max(made.phases.values(), key=lambda parts: sum(part.expected for part in parts.values()))
+    overhead = round(highest["overhead"].expected)
     return Cost(
         trainable=made.trainable,
         total=made.total,
         weights=weights,
         trained=round(trained),
-        activations=max(0, peak - weights - round(trained)),
+        activations=max(0, peak - weights - round(trained) - overhead),
+        overhead=overhead,
         peak=peak,
         sites=round(made.counted.get("sites", 0)),
         flops=made.flops,

@@ -9,8 +9,7 @@ from pathlib import Path
 KEPT, KEPT_PACKED = 0.14, 0.20
 """Bytes in holes of glibc's heap for each byte that a step makes; with a base in NF4, whose products make more.
 
-Chosen after bench/plan.py's measured steps (glibc 2.36): shares of 0.08 to 0.15, and 0.20 where the base is packed. In
-glibc before 2.38 aligned memory that is freed fits no later request of its size, since a little more is asked for."""
+Chosen after bench/plan.py's measured steps (glibc 2.36): shares of 0.08 to 0.15, and 0.20 where the base is packed."""
 HIGHEST = 0.25
 """Of the upper bound."""
 
@@ -27,7 +26,8 @@ def resident() -> int:
 def kept(made: float, packed: bool) -> tuple[float, float]:
     """(expected, at most) bytes that malloc keeps of `made`, those of a step's tensors that lie in its heap.
 
-    None where another malloc than glibc's is there, or `MALLOC_MMAP_THRESHOLD_` in the environment has it give back.
+    Nothing where another malloc than glibc's is there, or where `MALLOC_MMAP_THRESHOLD_` in the environment has it give
+    all back.
     """
     if platform.libc_ver()[0] != "glibc" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return 0.0, 0.0

@@ -2,8 +2,9 @@
 
 Every block has the same code, so a few graphs serve them all: one for each kind of block, of mask, and of input that
 asks for a gradient or does not. Compiled code does not watch hooks, by which adapters act, so blocks whose hooks differ
-are told apart by a number that it does watch. Lengths and batch sizes are variables of a graph. Evaluation, generation
-and whoever gets the model afterwards run it as it was.
+are told apart by a number that it does watch. Lengths and batch sizes are variables of a graph, but for batches of one
+row, of which torch makes graphs of their own. Evaluation, generation and whoever gets the model afterwards run it as it
+was.
 """
 
 from __future__ import annotations
