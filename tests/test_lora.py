@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 
 import pytest
@@ -442,6 +443,15 @@ def test_parameter_groups():
     whole = veneer.attach(FAMILIES["bert"].model(), veneer.FullFineTuning(), "*.bias")
     with pytest.raises(errors.MethodError, match="has no B for lora_plus_ratio to act on"):
         whole.parameter_groups(lr=1e-3, lora_plus_ratio=16.0)
+
+
+def test_the_collector_of_cycles_runs_again_after_attaching_and_after_a_refusal():
+    model = FAMILIES["gpt2"].model()
+    veneer.attach(model, veneer.LoRA(rank=2))
+    assert gc.isenabled()
+    with pytest.raises(errors.PlaceError, match="default"):
+        veneer.attach(model, veneer.LoRA(rank=2))
+    assert gc.isenabled()
 
 
 def test_count_of_the_paper():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,6 +83,20 @@ def _below(model: nn.Module, module: str) -> str:
     return rf"re:{pattern}\..*"
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's collector of cycles stands still: of thousands of new modules none is garbage, and it would look at all
+    objects of the process again and again, so that each module would take the longer the more there are."""
+    ran = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if ran:
+            gc.enable()
+
+
+@_uncollected()
 def build(
     method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None, filled: bool = False
 ) -> list[Claim]:
@@ -174,6 +190,7 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
 
 
+@_uncollected()
 def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Sequence[str] = ()) -> Adapter:
     """Stand checked claims on the model under a name, freeze the rest, and make the adapter the active one."""
     state = state_of(model)
