@@ -1,6 +1,8 @@
 """The usual advice follows from computed figures, and changes with the constraints."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from command import run
@@ -117,3 +119,11 @@ def test_the_command_prints_what_it_chose(monkeypatch, capsys):
     found = json.loads(out)
     assert found["choices"][0]["method"] == "LoRA"
     assert found["later_evidence"]
+
+
+def test_nothing_is_said_that_was_not_asked():
+    """torchao, bitsandbytes and torch warn while they are imported, of what is no business of this command's."""
+    command = [sys.executable, "-m", "veneer", "choose", "bert:base", "--gpu", "t4", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["choices"]

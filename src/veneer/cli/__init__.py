@@ -11,13 +11,17 @@ import sys
 
 from veneer.errors import Stopped, VeneerError
 
+TALKATIVE = "bitsandbytes", "torchao", "torch.utils._pytree"
+"""What warns while it is imported, of kernels that nobody asked for and of how others use it."""
+
 
 def main() -> None:
     """Run the `veneer` command; a user's mistake is one sentence on standard error and exit code 2."""
     from veneer.cli import choose, compare, data, export, plan, train  # noqa: F401  # they register their commands
     from veneer.cli.commands import app
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it tells of a kernel hub nobody asked for
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except VeneerError as error:
