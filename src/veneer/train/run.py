@@ -23,7 +23,7 @@ import veneer
 from veneer import sharding, site
 from veneer.errors import RecipeError, RunError, Stopped
 from veneer.samples import whole
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train import checkpoint, method_sections, models, tasks, trackers
 from veneer.train import recipe as recipes
 from veneer.train.arguments import arguments

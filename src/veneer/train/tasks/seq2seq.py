@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train.batch import by_length
 from veneer.train.evaluate import evaluating, on_device
 from veneer.train.metrics import WRITTEN
