@@ -38,7 +38,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 import veneer
 from veneer.demo import example
 from veneer.samples import smollm2, verses
-from veneer.samples.quiet import quiet
+from veneer.seams.quiet import quiet
 from veneer.train.data.collate import Tokens
 from veneer.train.machine import fitting_threads, versions
 

@@ -44,7 +44,7 @@ def _rows(file: str, make: Callable[[], Iterable[dict[str, Any]]]) -> Callable[[
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
             (folder / file).write_text(text, encoding="utf-8")
 
-        return whole.cached(f"rows-1-{file.removesuffix('.jsonl')}", fill) / file
+        return whole.cached(f"rows-2-{file.removesuffix('.jsonl')}", fill) / file
 
     return path
 

@@ -27,7 +27,7 @@ class Problem:
     number: str
 
 
-def split(train: int = 2000, held_out: int = 500, seed: int = 1) -> tuple[list[Problem], list[Problem]]:
+def split(train: int = 2000, held_out: int = 200, seed: int = 1) -> tuple[list[Problem], list[Problem]]:
     """(training, held-out) problems, at most so many: one that occurs twice is in one of them, and once."""
     held = {problem.question: problem for problem in _made(held_out, seed + FAR)}
     rest = {problem.question: problem for problem in _made(train, seed) if problem.question not in held}
