@@ -89,7 +89,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", WAYS)
 def test_two_processes_train_what_one_trains(folder, name):
-    torch.testing.assert_close(tensors(folder / name), tensors(folder / ALONE.get(name, "one")), **CLOSE)
+    close = {"rtol": 1e-3, "atol": 2e-4} if name == "bitsandbytes" else CLOSE  # its products are rounded to bfloat16
+    torch.testing.assert_close(tensors(folder / name), tensors(folder / ALONE.get(name, "one")), **close)
 
 
 @pytest.mark.parametrize("name", ["begun", "fsdp"])
