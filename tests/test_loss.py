@@ -7,6 +7,7 @@ import pickle
 import weakref
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -334,6 +335,8 @@ def test_other_losses_are_refused():
                                              num_heads=4, decoder_start_token_id=0))  # fmt: skip
     with pytest.raises(LossError, match="T5ForConditionalGeneration computes its loss in its own forward"):
         veneer.chunk_loss(t5)
+    with pytest.raises(LossError, match="WhisperForConditionalGeneration reads no token ids, on which a loss is tried"):
+        veneer.chunk_loss(tiny.FAMILIES["whisper"].model())
     sizes = {key: SIZES[key] for key in list(SIZES)[:5]}
     with pytest.raises(LossError, match="has no head over a vocabulary"):
         veneer.chunk_loss(BertForSequenceClassification(BertConfig(**sizes)))

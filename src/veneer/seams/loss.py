@@ -173,6 +173,8 @@ class ChunkedLoss:
         labels = ids.clone()
         labels[0, :4] = labels[-1, 7:] = IGNORED
         try:
+            if not transformers.accepts(self.model, "input_ids"):
+                raise LossError(f"{name} reads no token ids, on which a loss is tried. Train it with its own loss.")
             with transformers.without_dropout(self.model):
                 watch = _Watch(self.head)
                 self.steps = watch(self.model, ids[:, :5].contiguous(), labels[:, :5].contiguous())
