@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Literal
 
 import law_page
 import method_pages
 import pytest
+
+from veneer import methods
 
 GOOD = """Scales each output.
 
@@ -110,6 +113,12 @@ def test_main_says_what_is_missing_and_fails(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("method", method_pages.public_methods(), ids=lambda method: method.__name__)
 def test_every_method_has_a_page(method):
     assert method_pages.page(method)
+
+
+def test_every_method_is_one_short_file():
+    lines = {path.name: path.read_text().count("\n") for path in Path(methods.__file__).parent.glob("*.py")}
+    assert len(lines) > 20
+    assert {name: count for name, count in lines.items() if count >= 100} == {}
 
 
 def test_the_page_of_laws_is_up_to_date():

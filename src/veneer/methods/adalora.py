@@ -57,7 +57,6 @@ class AdaLoRA(Method):
     Paper:
         Zhang et al., "Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023, arXiv:2303.10512; the
         scale and the mean of norms are those of its authors' code.
-
     Example:
         veneer.attach(model, veneer.AdaLoRA(total_steps=1000, warmup=100, final=300, interval=10))
     """

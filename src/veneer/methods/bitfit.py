@@ -36,7 +36,6 @@ class BitFit(Method):
     Paper:
         Ben Zaken et al., "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
         Language-models", ACL 2022, arXiv:2106.10199.
-
     Example:
         veneer.attach(model, veneer.BitFit(), also_train=["classifier"])
     """

@@ -50,7 +50,6 @@ class BottleneckAdapter(Method):
         Houlsby et al., "Parameter-Efficient Transfer Learning for NLP", ICML 2019, arXiv:1902.00751; Pfeiffer et al.,
         "MAD-X", EMNLP 2020, arXiv:2005.00052; He et al., "Towards a Unified View of Parameter-Efficient Transfer
         Learning", ICLR 2022, arXiv:2110.04366; Steitz and Roth, "Adapters Strike Back", CVPR 2024, arXiv:2406.06820.
-
     Example:
         veneer.attach(model, veneer.BottleneckAdapter.houlsby(width=64), where="attention | mlp")
     """

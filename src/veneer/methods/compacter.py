@@ -51,7 +51,6 @@ class Compacter(Method):
     Paper:
         Karimi Mahabadi et al., "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", NeurIPS 2021,
         arXiv:2106.04647.
-
     Example:
         veneer.attach(model, veneer.Compacter(terms=4), where="attention | mlp")
     """

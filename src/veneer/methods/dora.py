@@ -91,7 +91,6 @@ class DoRA(LoRA):
 
     Paper:
         Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024, arXiv:2402.09353.
-
     Example:
         veneer.attach(model, veneer.DoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
     """

@@ -53,7 +53,6 @@ class FullFineTuning(Method):
 
     Paper:
         Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018, arXiv:1801.06146.
-
     Example:
         veneer.attach(model, veneer.FullFineTuning(), where="classifier")
     """

@@ -76,7 +76,6 @@ class AdapterFusion(Method):
     Paper:
         Pfeiffer et al., "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", EACL 2021,
         arXiv:2005.00247.
-
     Example:
         veneer.fuse(model, ["sst", "mnli"], method=veneer.AdapterFusion())
     """

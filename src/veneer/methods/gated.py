@@ -42,7 +42,6 @@ class Gated(Method):
     Paper:
         Mao et al., "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", ACL 2022,
         arXiv:2110.07577.
-
     Example:
         veneer.attach(model, veneer.Gated(veneer.LoRA(rank=8)), where="attention.q | attention.v")
     """

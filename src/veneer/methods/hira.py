@@ -75,7 +75,6 @@ class HiRA(Method):
     Paper:
         Huang et al., "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models", ICLR 2025,
         openreview.net/forum?id=TwJrTz9cRS.
-
     Example:
         veneer.attach(model, veneer.HiRA(rank=32), where="attention.q | attention.v")
     """

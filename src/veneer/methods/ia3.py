@@ -74,7 +74,6 @@ class IA3(Method):
     Paper:
         Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", NeurIPS
         2022, arXiv:2205.05638.
-
     Example:
         veneer.attach(model, veneer.IA3())
     """

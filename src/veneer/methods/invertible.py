@@ -65,7 +65,6 @@ class InvertibleAdapter(Method):
     Paper:
         Pfeiffer et al., "MAD-X: An Adapter-Based Framework for Multi-Task Cross-Lingual Transfer", EMNLP 2020,
         arXiv:2005.00052; the coupling: Dinh et al., "NICE", arXiv:1410.8516.
-
     Example:
         language = {"embedding | head": veneer.InvertibleAdapter(), "mlp": veneer.BottleneckAdapter.pfeiffer()}
         veneer.attach(model, language, name="quechua")

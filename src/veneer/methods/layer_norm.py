@@ -46,7 +46,6 @@ class LayerNormTuning(Method):
     Paper:
         Zhao et al., "Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning", ICLR 2024,
         arXiv:2312.11420.
-
     Example:
         veneer.attach(model, veneer.LayerNormTuning())
     """

@@ -74,7 +74,6 @@ class LLaMAAdapter(Method):
     Paper:
         Zhang et al., "LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention", ICLR 2024,
         arXiv:2303.16199. There g is one number a head; where heads share keys it is one a group.
-
     Example:
         veneer.attach(model, veneer.LLaMAAdapter(length=10))
     """

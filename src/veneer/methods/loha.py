@@ -74,7 +74,6 @@ class LoHa(Method):
     Paper:
         Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", ICLR
         2022, arXiv:2108.06098.
-
     Example:
         veneer.attach(model, veneer.LoHa(rank=8), where="attention.q | attention.v")
     """

@@ -57,7 +57,6 @@ class LoRA(Method):
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv:2106.09685; rank-stabilised
         scale: Kalajdzievski, arXiv:2312.03732. Starts: PiSSA, Meng et al., arXiv:2404.02948; OLoRA, Büyükakyüz,
         arXiv:2406.01775; LoftQ, its first step, Li et al., arXiv:2310.08659; EVA, Paischer et al., arXiv:2410.07170.
-
     Example:
         veneer.attach(model, veneer.LoRA(rank=8, alpha=16.0), where="attention.q | attention.v")
     """

@@ -49,7 +49,6 @@ class LoRAFA(LoRA):
     Paper:
         Zhang et al., "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
         arXiv:2308.03303.
-
     Example:
         veneer.attach(model, veneer.LoRAFA(rank=8, alpha=16.0), where="linear")
     """

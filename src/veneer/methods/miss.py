@@ -80,7 +80,6 @@ class MiSS(Method):
     Paper:
         Kang and Yin, "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", 2024,
         arXiv:2409.15371. Its variant Bat, which multiplies by W, is left out.
-
     Example:
         veneer.attach(model, veneer.MiSS(rank=64))
     """

@@ -80,7 +80,6 @@ class OFT(Method):
 
     Paper:
         Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", NeurIPS 2023, arXiv:2306.07280.
-
     Example:
         veneer.attach(model, veneer.OFT(block_size=32), where="linear")
     """

@@ -50,7 +50,6 @@ class PrefixTuning(Method):
 
     Paper:
         Li and Liang, "Prefix-Tuning: Optimizing Continuous Prompts for Generation", ACL 2021, arXiv:2101.00190.
-
     Example:
         veneer.attach(model, veneer.PrefixTuning(length=30))
     """

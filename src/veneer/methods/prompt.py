@@ -42,7 +42,6 @@ class PromptTuning(Method):
 
     Paper:
         Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, arXiv:2104.08691.
-
     Example:
         veneer.attach(model, veneer.PromptTuning(length=20))
     """

@@ -45,7 +45,6 @@ class PTuning(Method):
 
     Paper:
         Liu et al., "GPT Understands, Too", AI Open 2023, arXiv:2103.10385.
-
     Example:
         veneer.attach(model, veneer.PTuning(length=20, encoder="lstm"))
     """

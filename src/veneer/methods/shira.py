@@ -87,7 +87,6 @@ class SHiRA(Method):
 
     Paper:
         Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv:2406.13175; its random mask.
-
     Example:
         veneer.attach(model, veneer.SHiRA(rank=8, seed=0))
     """

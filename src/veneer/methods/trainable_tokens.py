@@ -70,7 +70,6 @@ class TrainableTokens(Method):
     Paper:
         Lester et al., "The Power of Scale for Parameter-Efficient Prompt Tuning", EMNLP 2021, arXiv:2104.08691, trains
         embeddings of new tokens in the same way, in front of the input only.
-
     Example:
         veneer.attach(model, veneer.TrainableTokens(tokens=[50257, 50258]))
     """

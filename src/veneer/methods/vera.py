@@ -42,7 +42,6 @@ class VeRA(Method):
 
     Paper:
         Kopiczko et al., "VeRA: Vector-based Random Matrix Adaptation", ICLR 2024, arXiv:2310.11454.
-
     Example:
         veneer.attach(model, veneer.VeRA(rank=256), where="attention.q | attention.v")
     """
