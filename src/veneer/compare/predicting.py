@@ -37,7 +37,7 @@ def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | s
         )
     except VeneerError as error:
         return str(error)
-    highest = max(planned.phases.values(), key=lambda phase: sum(part.expected for part in phase.values()))
+    highest = planned.highest
     expected = {name: round(part.expected) for name, part in highest.items() if name != "overhead"}
     if here.kind == "cpu":
         expected["kept by malloc"] = round(highest["overhead"].expected - highest["overhead"].low)

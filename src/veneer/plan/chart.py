@@ -15,10 +15,7 @@ def draw(plans: Mapping[str, Plan], path: Path, device: Device | None = None) ->
 
     figure = Figure(figsize=(1.5 + 0.9 * len(plans), 4.8), layout="constrained")
     axes = figure.subplots()
-    highest = {
-        name: max(plan.phases.values(), key=lambda parts: sum(part.expected for part in parts.values()))
-        for name, plan in plans.items()
-    }
+    highest = {name: plan.highest for name, plan in plans.items()}
     base = [0.0] * len(plans)
     for part in PARTS:
         sizes = [parts[part].expected / GIB for parts in highest.values()]

@@ -67,8 +67,7 @@ def cost(
     )
     trained = made.counted["adapter"] + made.counted["gradients"] * 3  # and two moments
     weights, peak = round(made.counted["weights"]), round(made.peak.expected)
-    highest = max(made.phases.values(), key=lambda parts: sum(part.expected for part in parts.values()))
-    overhead = round(highest["overhead"].expected)
+    overhead = round(made.highest["overhead"].expected)
     return Cost(
         trainable=made.trainable,
         total=made.total,

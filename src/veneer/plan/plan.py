@@ -93,6 +93,11 @@ class Plan:
         """Trainable parameters over those of the base."""
         return self.trainable / self.total if self.total else 0.0
 
+    @property
+    def highest(self) -> Mapping[str, Interval]:
+        """The phase in which most is expected to be alive, by part."""
+        return max(self.phases.values(), key=lambda parts: sum(part.expected for part in parts.values()))
+
     def fits(self, size: int) -> bool | None:
         """Whether so many bytes are enough: True at the upper bound, False below the lower one, None in between."""
         if self.peak.high <= size:

@@ -2,7 +2,7 @@
 
 Every block has the same code, so a few graphs serve them all: one for each kind of block, of mask, and of input that
 asks for a gradient or does not. Compiled code does not watch hooks, by which adapters act, so blocks whose hooks differ
-are told apart by a number that it does watch. Lengths and batch sizes are variables of a graph, but for batches of one
+are told apart by a text that it does watch. Lengths and batch sizes are variables of a graph, but for batches of one
 row, of which torch makes graphs of their own. Evaluation, generation and whoever gets the model afterwards run it as it
 was.
 """
@@ -108,7 +108,7 @@ def _hooks(block: nn.Module) -> list[Any]:
         (
             path,
             [
-                getattr(hook, "func", hook)
+                hook.func if isinstance(hook, partial) else hook
                 for hook in (*each._forward_pre_hooks.values(), *each._forward_hooks.values())
             ],
         )
