@@ -1,7 +1,8 @@
-/* Several threads for the parts of a task: torch's own, where OpenMP's GOMP_parallel is to be found in the process.
+/* Several threads for the parts of a task: torch's own, where OpenMP is to be found in the process.
 
 Between two of its products torch's threads spin for a while, and a thread of ours beside them waits for a core: two
-threads then took five times as long as one. Elsewhere each call has threads of its own. */
+threads then took five times as long as one. A thread of OpenMP takes the part of its number, as it does in torch's
+products, which then find in its cache what it made. Elsewhere each call has threads of its own. */
 
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 #include <dlfcn.h>
@@ -15,19 +16,24 @@ typedef struct {
     void (*work)(void *);
     char *parts;
     size_t size; /* bytes a part */
-    int64_t count, next;
+    int64_t count;
+    int (*number)(void), (*members)(void);
 } Team;
 
-/* What every thread does; so all is done however many there are. */
 static void take_parts(void *given) {
-    Team *team = given;
-    int64_t k;
-    while ((k = __atomic_fetch_add(&team->next, 1, __ATOMIC_RELAXED)) < team->count)
-        team->work(team->parts + k * team->size);
+    const Team *team = given;
+    for (int64_t k = team->number(); k < team->count; k += team->members()) team->work(team->parts + k * team->size);
 }
 
-static void *take_parts_too(void *team) {
-    take_parts(team);
+typedef struct {
+    void (*work)(void *);
+    void *part;
+    pthread_t thread;
+} Started;
+
+static void *take_one(void *given) {
+    const Started *started = given;
+    started->work(started->part);
     return NULL;
 }
 
@@ -39,16 +45,23 @@ static int64_t worth(int64_t threads, int64_t work, int64_t share) {
 
 /* work(part) for each of `count` parts of `size` bytes, at most MOST. */
 static void in_parts(void (*work)(void *), void *parts, size_t size, int64_t count) {
-    Team team = {work, parts, size, count, 0};
-    void (*openmp)(void (*)(void *), void *, unsigned, unsigned) = NULL;
-    if (count > 1) *(void **)&openmp = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    if (openmp) {
-        openmp(take_parts, &team, (unsigned)count, 0);
+    Team team = {work, parts, size, count, NULL, NULL};
+    void (*parallel)(void (*)(void *), void *, unsigned, unsigned) = NULL;
+    if (count > 1) {
+        *(void **)&parallel = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+        *(void **)&team.number = dlsym(RTLD_DEFAULT, "omp_get_thread_num");
+        *(void **)&team.members = dlsym(RTLD_DEFAULT, "omp_get_num_threads");
+    }
+    if (parallel && team.number && team.members) {
+        parallel(take_parts, &team, (unsigned)count, 0);
         return;
     }
-    pthread_t started[MOST];
+    Started started[MOST];
     int64_t begun = 0;
-    while (begun < count - 1 && !pthread_create(&started[begun], NULL, take_parts_too, &team)) begun++;
-    take_parts(&team);
-    for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
+    for (; begun < count - 1; begun++) {
+        started[begun] = (Started){work, team.parts + begun * size, 0};
+        if (pthread_create(&started[begun].thread, NULL, take_one, &started[begun])) break;
+    }
+    for (int64_t k = begun; k < count; k++) work(team.parts + k * size); /* the last, and those that got no thread */
+    for (int64_t k = 0; k < begun; k++) pthread_join(started[k].thread, NULL);
 }
