@@ -5,9 +5,9 @@ from __future__ import annotations
 from veneer.errors import VeneerError
 from veneer.plan.devices import Device
 from veneer.plan.plan import plan
+from veneer.train.attempt import Result
 from veneer.train.data import Prepared
 from veneer.train.machine import device
-from veneer.train.run import Result
 
 
 def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | str:

@@ -22,6 +22,7 @@ from veneer.delta import Method
 from veneer.errors import PlanError
 from veneer.formats.nf4_storage import Holder
 from veneer.methods import PromptTuning
+from veneer.ops import nf4_kernels
 from veneer.ops.loss import chunk_length, summed_cross_entropy
 from veneer.optim.choosing import PAGED_FROM
 from veneer.plan.devices import CUDA_ALLOCATOR, Allocator
@@ -79,6 +80,8 @@ def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
                     total[key], added = max(total[key], more[key]), 0.0
                 total[key] += added * stack.steps
                 block[key] += added
+    if block.get("made"):
+        total["made"] = block["made"]  # however many blocks there are: what one leaves in malloc's heap, the next takes
     return total, block
 
 
@@ -158,9 +161,12 @@ def _count(config: Any, setting: Setting) -> Counts:
 
 
 def _largest(model: nn.Module, setting: Setting) -> int:
-    """Bytes of the largest packed weight, made dense; of a stack, of one matrix, since each is made so alone."""
+    """Bytes of the largest packed weight, made dense: of a stack one matrix, and in C on a CPU a few rows of one."""
     shapes = [facts.shape[-2:] for m in model.modules() if isinstance(m, Holder) for facts in m.facts.values()]
-    return max(map(math.prod, shapes), default=0) * setting.dtype.itemsize
+    largest = max(map(math.prod, shapes), default=0)
+    if setting.kind == "cpu" and nf4_kernels.chosen("cpu", setting.dtype) == "c":
+        largest = min(largest, nf4_kernels.PIECE * torch.get_num_threads())
+    return largest * setting.dtype.itemsize
 
 
 def _eight_bits(parameter: Tensor) -> float:
