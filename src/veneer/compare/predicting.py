@@ -31,6 +31,7 @@ def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | s
             also_train=result.adapter.also_train,
             batch_size=result.report["micro_batch_size"],
             sequence_length=max(prepared.train["length"]),
+            optimizer=recipe.training.optimizer,
             checkpointing=recipe.training.gradient_checkpointing,
             loss="chunked" if result.report["loss"] == "chunked" else "whole",
             device=here,

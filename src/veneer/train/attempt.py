@@ -159,10 +159,12 @@ class Run:
             make_optimizer=partial(
                 veneer.optimizer,
                 adapter,
+                training.optimizer,
                 lr=recipe.learning_rate,
                 lora_plus_ratio=training.lora_plus_ratio,
                 head_lr=training.head_learning_rate,
                 weight_decay=training.weight_decay,
+                **({"folder": self.folder} if training.optimizer == "paged" and device().type == "cpu" else {}),
             ),
             folder=self.checkpoints,
             keep=training.keep_checkpoints,
