@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from veneer.adapter import attach
 from veneer.counting import count_parameters
 from veneer.delta import Method
-from veneer.errors import PlanError
+from veneer.errors import PlanError, UnreadableModel
 from veneer.formats.nf4_storage import Holder
 from veneer.methods import PromptTuning
 from veneer.ops import nf4_kernels
@@ -85,6 +85,7 @@ def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
     return total, block
 
 
+_ANATOMIES: dict[str, anatomy.Anatomy] = {}
 _KNOWN: dict[str, Counts] = {}
 _BASES: dict[tuple[str, Setting], Counts] = {}
 
@@ -100,6 +101,12 @@ def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Coun
 def build(config: Any, setting: Setting) -> Any:
     """The base on the meta device, in its dtype and packed where that is asked for."""
     model: Any = loading.without_weights(config, loading.class_of(config)).to(setting.dtype)
+    key = config.to_json_string(use_diff=False)
+    if key in _ANATOMIES:
+        anatomy.adopt(model, _ANATOMIES[key])
+    else:
+        with suppress(UnreadableModel):  # which what needs it says
+            _ANATOMIES[key] = anatomy.read(model)
     if setting.quantization is not None:
         quantize(model, setting.quantization)
     return model
