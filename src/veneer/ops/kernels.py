@@ -4,14 +4,14 @@ Where a kernel wins depends on the GPU, on widths, ranks and numbers of tokens, 
 call of each kind computes both, compares their numbers and times them; later calls of that kind take the faster. Tokens
 and ranks are counted by the next power of two. `choices` tells what was found, and `request` asks for one of the two:
 
-| kernel      | where                                                        |
-|-------------|--------------------------------------------------------------|
-| `triton`    | CUDA, where Triton is installed                              |
-| `reference` | plain torch: the specification, in every dtype, everywhere   |
+| kernel      | what                                                 |
+|-------------|------------------------------------------------------|
+| `triton`    | float32, bfloat16 and float16, with Triton installed |
+| `reference` | plain torch: the specification, in every dtype       |
 
 What was asked for by name runs or raises. What is only tried, and does not run or has other numbers, is passed over
 with a warning. Compiled code, torch.func, tensors that are no plain ones, and a backward that is itself to be
-differentiated, whatever was asked for, are torch's own: it can look into nothing else.
+differentiated are torch's own, whatever was asked for: it can look into nothing else.
 
 Two runs may choose differently and round differently. Where torch is to be deterministic
 (`torch.use_deterministic_algorithms`) nothing is tried, nor while a CUDA graph is captured.
@@ -34,6 +34,8 @@ from veneer.errors import PlaceError
 from veneer.ops.lora_cpu import transforms
 
 TRITON, REFERENCE = "triton", "reference"
+DEVICE = "cuda"
+"""The kind of device that has the kernels."""
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of all kernels; float64 and integers are the reference's."""
 ROUNDS = 5
@@ -64,13 +66,17 @@ _asked: str | None = None
 
 
 def request(name: str | None) -> str | None:
-    """Compute by the kernels of this name from now on, in all threads; None chooses by trial. Gives what held before.
+    """Compute on a GPU by the kernels of this name from now on, in all threads; None chooses by trial.
 
-    Raises PlaceError for another name, and at a call where the kernel cannot run.
+    Gives what held before. Raises PlaceError for another name, for Triton where there is no GPU or no Triton, and at a
+    call on a GPU which its kernels cannot serve. What a CPU computes is left alone.
     """
     global _asked
     if name not in (TRITON, REFERENCE, None):
         raise PlaceError(f"There is no kernel {name!r}. Choose {TRITON!r}, {REFERENCE!r}, or None for the faster.")
+    missing = no_triton(DEVICE) or (None if torch.cuda.is_available() else "there is no GPU")
+    if name == TRITON and missing is not None:
+        raise PlaceError(f"Triton's kernels were asked for and cannot run here: {missing}. Ask for none.")
     before, _asked = _asked, name
     return before
 
@@ -94,9 +100,7 @@ def measured(kernel: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
     def over(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(reference)
         def run(*inputs: Any) -> Tensor:
-            if torch.compiler.is_compiling() or (_asked is None and not inputs[0].is_cuda):
-                return reference(*inputs)
-            if not wanted(kernel, [each for each in inputs if isinstance(each, Tensor)]):
+            if torch.compiler.is_compiling() or not wanted(kernel, [a for a in inputs if isinstance(a, Tensor)]):
                 return reference(*inputs)
             module, name = kernel.split(".")
             function = getattr(import_module(f"veneer.ops.{module}"), name)
@@ -110,19 +114,19 @@ def measured(kernel: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
 
 def wanted(kernel: str, tensors: Sequence[Tensor]) -> bool:
     """Whether a Triton kernel may serve these tensors; raises PlaceError where it was asked for and cannot."""
-    if _asked == REFERENCE or torch.compiler.is_compiling() or transforms():
+    if tensors[0].device.type != DEVICE or _asked == REFERENCE or transforms():
         return False
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return False
     if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
         return False
-    reasons = [no_triton(each.device.type) for each in tensors]
+    reasons = [no_triton(DEVICE)]
     reasons += [f"it has no {each.dtype}" for each in tensors if each.is_floating_point() and each.dtype not in FAST]
     reason = next(filter(None, reasons), None)
     if reason is not None and _asked == TRITON:
         raise PlaceError(
-            f"The Triton kernel {kernel!r}, which was asked for by name, cannot run on {tensors[0].device}: {reason}. "
-            f"Ask for {REFERENCE!r}, or for none."
+            f"The kernel {kernel} of Triton, which was asked for by name, cannot run: {reason}. Ask for {REFERENCE!r}, "
+            "or for none."
         )
     return reason is None
 

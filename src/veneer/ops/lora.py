@@ -36,7 +36,7 @@ def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: Dr
         found = lora_cpu.beside(x, y, A, B, scale)
         if found is not None:
             return found
-        if x.is_cuda and x.numel() <= FEW * x.shape[-1]:
+        if not x.is_cpu and x.numel() <= FEW * x.shape[-1]:
             return _few(x, y, A, B, scale)
     return up(down(x, A, y.dtype, dropout), y, B, scale * dropout.scale)
 
