@@ -74,9 +74,8 @@ def request(name: str | None) -> str | None:
     global _asked
     if name not in (TRITON, REFERENCE, None):
         raise PlaceError(f"There is no kernel {name!r}. Choose {TRITON!r}, {REFERENCE!r}, or None for the faster.")
-    missing = no_triton(DEVICE) or (None if torch.cuda.is_available() else "there is no GPU")
-    if name == TRITON and missing is not None:
-        raise PlaceError(f"Triton's kernels were asked for and cannot run here: {missing}. Ask for none.")
+    if name == TRITON and missing() is not None:
+        raise PlaceError(f"Triton's kernels were asked for and cannot run here: {missing()}. Ask for none.")
     before, _asked = _asked, name
     return before
 
@@ -92,6 +91,12 @@ def no_triton(device_type: str) -> str | None:
     if device_type != "cuda":
         return "it is for CUDA"
     return None if find_spec("triton") else "Triton is not installed"
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton's kernels cannot run in this process; None where they can."""
+    return no_triton(DEVICE) if torch.cuda.is_available() else "there is no GPU"
 
 
 def measured(kernel: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -120,7 +125,7 @@ def wanted(kernel: str, tensors: Sequence[Tensor]) -> bool:
         return False
     if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
         return False
-    reasons = [no_triton(DEVICE)]
+    reasons = [missing()]
     reasons += [f"it has no {each.dtype}" for each in tensors if each.is_floating_point() and each.dtype not in FAST]
     reason = next(filter(None, reasons), None)
     if reason is not None and _asked == TRITON:
