@@ -47,7 +47,7 @@ def test_products(dtype, tokens, width, out, rank, drop):
     draw, dropped = (drop.seed, drop.threshold), drop(x)
     near(lora_triton.down(x, A, dtype, *draw), (dropped.double() @ A.double().T).to(dtype))
     dx = lora_triton.into(dh, A, dtype, *draw)
-    near(dx, drop((dh.double() @ A.double())).to(dtype))
+    near(dx, drop(dh.double() @ A.double()).to(dtype))
     assert torch.equal(dx == 0, dropped == 0)
     flat = (each.double().flatten(0, -2) for each in (dh, dropped))
     near(lora_triton.across(dh, x, torch.float32, *draw), torch.mm(next(flat).T, next(flat)).float())

@@ -1,4 +1,4 @@
-"""Which kernel serves on a GPU: the faster of those that give the reference's numbers, or the one that was asked for."""
+"""Which kernel serves on a GPU: the faster that gives the reference's numbers, or the one that was asked for."""
 
 from __future__ import annotations
 
@@ -79,7 +79,11 @@ def test_the_faster_is_taken_and_kept_for_its_kind(took, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kernel", "words"),
-    [(1.1, "is 0.1 off the reference"), (float("nan"), "is nan off"), (RuntimeError("no\nptxas"), r"RuntimeError: .*no")],
+    [
+        (1.1, "is 0.1 off the reference"),
+        (float("nan"), "is nan off"),
+        (RuntimeError("no\nptxas"), r"RuntimeError: .*no"),
+    ],
 )
 def test_what_gives_other_numbers_or_does_not_run_is_passed_over_aloud(kernel, words, monkeypatch):
     ways = Ways(monkeypatch, kernel=kernel)
@@ -128,7 +132,9 @@ def test_what_cannot_be_is_refused(here, monkeypatch):
     tensors = [torch.ones(1, dtype=torch.float64)]
     assert not kernels.wanted("down", tensors), "float64 is the reference's"
     kernels.request("triton")
-    with pytest.raises(PlaceError, match=r"down of Triton, which was asked for by name, cannot run: it has no torch\.fl"):
+    with pytest.raises(
+        PlaceError, match=r"down of Triton, which was asked for by name, cannot run: it has no torch\.fl"
+    ):
         kernels.wanted("down", tensors)
     monkeypatch.setattr(kernels, "missing", lambda: "there is no GPU")
     with pytest.raises(PlaceError, match=r"cannot run here: there is no GPU\. Ask for none"):
@@ -153,7 +159,12 @@ def test_sizes_share_a_choice_up_to_the_next_power_of_two(here, monkeypatch):
     monkeypatch.setattr(kernels, "faster", lambda kind, kernel, reference: (kinds.append(kind), reference())[1])
     pytest.importorskip("triton", reason="Triton is not installed: nothing to choose between.")
     with torch.no_grad():
-        for tokens, rank, dtype in [(3, 8, torch.float32), (4, 7, torch.float32), (5, 8, torch.float32), (3, 8, torch.bfloat16)]:
+        for tokens, rank, dtype in [
+            (3, 8, torch.float32),
+            (4, 7, torch.float32),
+            (5, 8, torch.float32),
+            (3, 8, torch.bfloat16),
+        ]:
             lora.down(torch.ones(tokens, 6, dtype=dtype), torch.ones(rank, 6), dtype)
     assert kinds[0] == kinds[1]
     assert len(set(kinds)) == 3

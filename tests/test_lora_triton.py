@@ -12,9 +12,7 @@ import torch
 
 from veneer.ops import dropout, kernels, lora
 
-pytest.importorskip(
-    "triton", reason="Triton is not installed: its kernels go untested. Install veneer[test] on Linux."
-)
+pytest.importorskip("triton", reason="Triton is not installed: its kernels go untested. Install veneer[test] on Linux.")
 
 INTERPRETED = Path(__file__).with_name("interpreted_lora.py")
 

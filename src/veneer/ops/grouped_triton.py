@@ -18,7 +18,7 @@ from torch import Tensor
 from veneer.ops.lora_triton import FUSED, multiply, tile
 
 # Triton reads annotations, and knows its own only
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 
@@ -36,7 +36,7 @@ def shrink(
     x, h, like, pairs, order, starts, tokens, width, depth, widest,
     rows: tl.constexpr, columns: tl.constexpr, ranks: tl.constexpr, aligned: tl.constexpr,
 ):  # fmt: skip
-    """h = A(x) in float32 for the tokens of one pair's group: h [batch · tokens, depth, widest]. Tables as in `Mixed`."""
+    """h = A(x) in float32 for the tokens of a pair's group: h [batch · tokens, depth, widest]. Tables: see `Mixed`."""
     pair = pairs + tl.program_id(1) * 5
     A = tl.multiple_of(tl.load(pair).to(like.dtype), aligned)
     rank, group, level = tl.load(pair + 2), tl.load(pair + 3), tl.load(pair + 4)
@@ -112,9 +112,10 @@ class Mixed:
         turns = [(group, level, pairs[n]) for group, each in enumerate(groups) for level, n in enumerate(each)]
         entries = [[A.data_ptr(), B.data_ptr(), len(A), group, level] for group, level, (A, B, _) in turns]
         self.aligned = math.gcd(16, *(address for entry in entries for address in entry[:2]))
-        numbers = [list(entry) for entry in entries], sum(groups.values(), []), _ends(groups.values()), _ends(groups)
-        device = self.like.device
-        self.pairs, self.order, self.starts, self.turns = (torch.tensor(each, device=device) for each in numbers)
+        device, order = self.like.device, [row for each in groups.values() for row in each]
+        ends = _ends(groups.values()), _ends(groups)
+        self.pairs, self.order = torch.tensor(entries, device=device), torch.tensor(order, device=device)
+        self.starts, self.turns = (torch.tensor(each, device=device) for each in ends)
         self.scales = torch.tensor([scale for _, _, (_, _, scale) in turns], dtype=torch.float32, device=device)
 
     def beside(self, x: Tensor, y: Tensor) -> Tensor:

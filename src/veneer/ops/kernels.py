@@ -100,7 +100,7 @@ def missing() -> str | None:
 
 
 def measured(kernel: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Lets `kernel`, "module.function" within `ops`, take the place of its reference, which takes the same arguments."""
+    """Lets `kernel`, "module.function" within `ops`, take the place of its reference; both take the same arguments."""
 
     def over(reference: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(reference)

@@ -1,12 +1,13 @@
-"""A low-rank pair's products on CUDA in Triton: no copy of x without what is dropped, of A or B in another dtype, of y.
+"""A low-rank pair's products on CUDA in Triton, each in one pass over x or y.
 
-`down`, `into` and `across` recompute dropout's mask where they use it, word for word that of `dropout.words`. `up` is
-there because torch.addmm copies y before it adds to it (PyTorch 2.13); `few` is one launch in place of several for the
-few tokens of a step of generation. What is left is cuBLAS': the products of the frozen weight.
+`down`, `into` and `across` recompute dropout's mask where they use it, word for word that of `dropout.words`, and round
+A to the dtype of the products where they read it, so neither is ever written. `up` is there because torch.addmm copies
+y before it adds to it (PyTorch 2.13); `few` is one launch in place of several for the few tokens of a step of
+generation. The products of the frozen weight stay cuBLAS', and autograd adds its gradient of x to that of `into`.
 
-Products are those of the reference: factors rounded to the dtype of the activations, sums in float32, rounded once. Only
-`few` does not round in between. None of these kernels has run on a GPU; tests hold that they compile for compute
-capabilities 8.0 and 9.0, and their numbers in Triton's interpreter.
+Products are those of the reference: factors in the dtype of the activations, sums in float32, rounded once. Only `few`
+does not round in between. None of these kernels has run on a GPU; what tests hold is that they compile for compute
+capabilities 8.0 and 9.0, and their numbers in Triton's interpreter, which runs on a CPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ITEMS = 8192
 """Numbers of a factor that a program of `few` holds at once, and elements of x that one of `drop` reads."""
 
 # Triton reads annotations, and knows its own only
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 
@@ -92,7 +93,7 @@ def widen(
     rows: tl.constexpr, columns: tl.constexpr, ranks: tl.constexpr,
     adding: tl.constexpr, dropping: tl.constexpr, even: tl.constexpr,
 ):  # fmt: skip
-    """y + scale·h·F, or dropout(h·F): h [tokens, rank], F [rank, width] by its strides, y and the answer [tokens, width]."""
+    """y + scale·h·F, or dropout(h·F): h [tokens, rank], F [rank, width] by its strides, y and `to` [tokens, width]."""
     row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     start = tl.program_id(1) * columns
     column = start + tl.arange(0, columns)
