@@ -14,7 +14,7 @@ with a warning. Compiled code, torch.func, tensors that are no plain ones, and a
 differentiated are torch's own, whatever was asked for: it can look into nothing else.
 
 Two runs may choose differently and round differently. Where torch is to be deterministic
-(`torch.use_deterministic_algorithms`) nothing is tried, nor while a CUDA graph is captured.
+(`torch.use_deterministic_algorithms`) its own operations are taken. Nothing is tried while a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Kind = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found for a kind of call: its name and sizes, the way taken, and what each took."""
+    """What was found for a kind of call: its name with dtype, rows and width of each tensor, and the way taken."""
 
     kind: str
     kernel: str
@@ -142,9 +142,9 @@ def faster(kind: Kind, kernel: Way, reference: Way) -> Tensor:
     with torch.cuda.device(device if device.type == "cuda" else -1):
         if _asked is not None:
             return kernel() if _asked == TRITON else reference()
-        if kind not in _found:
-            if torch.are_deterministic_algorithms_enabled() or _capturing(device):
-                return reference()
+        if torch.are_deterministic_algorithms_enabled():
+            return reference()
+        if kind not in _found and not _capturing(device):
             _try(kind, kernel, reference)
         choice = _found.get(kind)
         return kernel() if choice is not None and choice.kernel == TRITON else reference()
