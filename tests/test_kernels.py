@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from veneer.errors import PlaceError
 from veneer.ops import kernels, lora
@@ -147,7 +148,10 @@ def test_what_torch_must_look_into_is_its_own(here):
     with torch.no_grad():
         assert kernels.wanted("down", [x, parameter])
     with FakeTensorMode() as mode:
-        assert not kernels.wanted("down", [mode.from_tensor(x)])
+        fake = mode.from_tensor(x)
+    assert not kernels.wanted("down", [fake])
+    with FlopCounterMode(display=False):
+        assert not kernels.wanted("down", [x]), "it would be counted as nothing"
     seen = []
     torch.func.vmap(lambda x: (seen.append(kernels.wanted("down", [x])), x)[1])(x)
     assert seen == [False]

@@ -10,8 +10,9 @@ and ranks are counted by the next power of two. `choices` tells what was found, 
 | `reference` | plain torch: the specification, in every dtype       |
 
 What was asked for by name runs or raises. What is only tried, and does not run or has other numbers, is passed over
-with a warning. Compiled code, torch.func, tensors that are no plain ones, and a backward that is itself to be
-differentiated are torch's own, whatever was asked for: it can look into nothing else.
+with a warning. Compiled code, torch.func, tensors that are no plain ones, a backward that is itself to be
+differentiated, and what a dispatch mode looks on at (as selective checkpointing does, which counts operations) are
+torch's own, whatever was asked for: nothing else can be looked into.
 
 Two runs may choose differently and round differently. Where torch is to be deterministic
 (`torch.use_deterministic_algorithms`) its own operations are taken. Nothing is tried while a CUDA graph is captured.
@@ -123,7 +124,7 @@ def wanted(kernel: str, tensors: Sequence[Tensor]) -> bool:
         return False
     if torch.is_grad_enabled() and any(each.requires_grad for each in tensors):
         return False
-    if any(type(each) is not Tensor and type(each) is not nn.Parameter for each in tensors):
+    if torch._C._len_torch_dispatch_stack() or any(type(each) not in (Tensor, nn.Parameter) for each in tensors):
         return False
     reasons = [missing()]
     reasons += [f"it has no {each.dtype}" for each in tensors if each.is_floating_point() and each.dtype not in FAST]
@@ -170,7 +171,7 @@ def _try(kind: Kind, kernel: Way, reference: Way) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of a compiler, a driver, or the kernel's own
-        reason = f"does not run ({type(error).__name__}: {str(error).strip().splitlines()[:1]})"
+        reason = f"does not run ({type(error).__name__}: {next(iter(str(error).splitlines()), '')})"
     if reason is not None:
         warnings.warn(f"The Triton kernel for {what} {reason}; torch's own operations take its place.", stacklevel=2)
         _found[kind] = Choice(what, REFERENCE, None)
