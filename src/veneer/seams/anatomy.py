@@ -98,6 +98,11 @@ def read(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Anato
     return _CACHE[model]
 
 
+def adopt(model: nn.Module, anatomy: Anatomy) -> None:
+    """Take the anatomy of another model of the same config for this one's, which saves a trace."""
+    _CACHE[model] = anatomy
+
+
 def read_from_outside(model: nn.Module) -> frozenset[str]:
     """Those of the model's anatomy; none where it cannot be read."""
     try:
