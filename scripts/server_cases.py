@@ -30,7 +30,12 @@ BASES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "tied": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
     "biased": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True},
-    "classes": {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], "num_labels": 3, "pad_token_id": 0},
+    "classes": {
+        "model_type": "llama",
+        "architectures": ["LlamaForSequenceClassification"],
+        "num_labels": 3,
+        "pad_token_id": 0,
+    },
     "experts": {
         "model_type": "qwen3_moe",
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -134,6 +139,7 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
     "LoRA, embedding": ("llama", partial(by_veneer, method=LoRA(), where=f"{QV} | embedding")),
     "LoRA, embedding that is the head too": ("tied", partial(by_veneer, method=LoRA(), where=f"{QV} | embedding")),
     "LoRA, head": ("llama", partial(by_veneer, method=LoRA(), where=f"{QV} | head")),
+    "LoRA, head that is the embedding too": ("tied", partial(by_veneer, method=LoRA(), where=f"{QV} | head")),
     "LoRA, rank 17": ("llama", partial(by_veneer, method=LoRA(rank=17), where=QV)),
     "LoRA, rank 513": ("llama", partial(by_veneer, method=LoRA(rank=513), where=QV)),
     "rsLoRA": ("llama", partial(by_veneer, method=LoRA(use_rslora=True), where=QV)),
@@ -158,11 +164,15 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
         "llama",
         partial(by_veneer, method=LoRA(), where=QV, also_train=["model.embed_tokens"]),
     ),
-    "norms in blocks trained whole": ("llama", partial(by_veneer, method=LoRA(), where=QV, also_train=["input_layernorm"])),
+    "norms in blocks trained whole": (
+        "llama",
+        partial(by_veneer, method=LoRA(), where=QV, also_train=["input_layernorm"]),
+    ),
     "last norm trained whole": ("llama", partial(by_veneer, method=LoRA(), where=QV, also_train=["model.norm"])),
     "biases": ("biased", partial(by_veneer, method=LoRA(bias="lora_only"), where=QV)),
     "classes' head trained whole": ("classes", partial(by_veneer, method=LoRA(), where=QV, also_train=["score"])),
     "experts": ("experts", partial(by_veneer, method=LoRA(), where=f"{QV} | *.experts")),
+    "one stack of experts": ("experts", partial(by_veneer, method=LoRA(), where=f"{QV} | *.experts.down_proj")),
     "PEFT: PiSSA as it is": ("llama", partial(by_peft, init_lora_weights="pissa")),
     "PEFT: OLoRA as it is": ("llama", partial(by_peft, init_lora_weights="olora")),
     "PEFT: gaussian start": ("llama", partial(by_peft, init_lora_weights="gaussian")),
@@ -182,3 +192,11 @@ def write(folder: Path) -> None:
         changes = make(base(kind, folder), path)
         save_file({key: value.contiguous() for key, value in changes.items()}, path / "changes.safetensors")
         (path / "case.json").write_text(json.dumps({"name": name, "base": kind}))
+
+
+def meant(name: str, server: str) -> bool:
+    """Whether a case is for a server: llama.cpp's own program, not its library, waits for aLoRA's tokens, its converter
+    has no classifiers, and nothing can be compared of a changed tied embedding but outputs."""
+    if server == "llama.cpp":
+        return "classes" not in name and "alora" not in name and name != "bottleneck"
+    return server == "peft" or "too" not in name

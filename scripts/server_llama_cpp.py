@@ -1,17 +1,24 @@
-"""What llama.cpp does with an adapter's folder, converted by its own converter: run by `check_servers.py`, a case a process.
+"""What llama.cpp does with adapters' folders, which its own converter converts: run by `check_servers.py`.
 
-    python scripts/server_llama_cpp.py CONVERTERS BASE CASE [ADAPTER.gguf]
+    python scripts/server_llama_cpp.py SOURCES < cases.json > verdicts.json
 
-CONVERTERS is llama.cpp's folder with convert_hf_to_gguf.py and convert_lora_to_gguf.py; BASE a transformers folder or a
-GGUF file. Prints one line of JSON: {"verdict": "refused" | "wrong" | "taken", "why": ...}.
+SOURCES is llama.cpp's folder with convert_hf_to_gguf.py and convert_lora_to_gguf.py; the package llama_cpp runs what
+they write. Each case has a process of its own, because llama.cpp ends the process where a shape does not fit. Tokens go
+through the whole model, and all logits are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
+import io
 import json
-import subprocess
+import multiprocessing
+import os
+import runpy
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +34,21 @@ class Refused(Exception):
 
 
 def converted(converter: Path, *words: str | Path) -> None:
-    """Run one of llama.cpp's converters."""
-    done = subprocess.run([sys.executable, converter, *words], capture_output=True, text=True)
-    if "ModuleNotFoundError" in done.stderr:
-        raise RuntimeError(done.stderr)
-    if done.returncode:
-        raise Refused(done.stderr.strip().splitlines()[-1])
+    """Run one of llama.cpp's converters in this process."""
+    sys.argv = [str(converter), *map(str, words)]
+    told = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(told):
+            runpy.run_path(str(converter), run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise Refused(f"converter: {told.getvalue().strip().splitlines()[0]}") from None
+    except (AssertionError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise Refused(f"converter: {type(error).__name__}: {error}") from None
 
 
-def base_file(converters: Path, base: Path) -> Path:
+def base_file(converters: Path, base: Path, file: Path) -> Path:
     """The base in float32, converted once."""
-    file = base / "base.gguf"
     if not file.exists():
         converted(converters / "convert_hf_to_gguf.py", base, "--outfile", file, "--outtype", "f32")
     return file
@@ -95,15 +106,14 @@ class Model:
         return rows
 
 
-def verdict(converters: Path, base: Path, case: Path, adapter: Path | None = None) -> dict[str, str]:
+def verdict(sources: Path, base: Path, case: Path) -> dict[str, str]:
     """Convert, load, compute and compare."""
     saved = load_file(case / "logits.safetensors")
     ids, expected = saved["ids"][0], saved["logits"][0]
+    adapter = case / "converted.gguf"
     try:
-        file = base_file(converters, base)
-        if adapter is None:
-            adapter = case / "converted.gguf"
-            converted(converters / "convert_lora_to_gguf.py", "--base", base, "--outfile", adapter, case / "adapter")
+        file = base_file(sources, base, base / "base.gguf")
+        converted(sources / "convert_lora_to_gguf.py", "--base", base, "--outfile", adapter, case / "adapter")
         seen = Model(file, adapter).logits(ids.tolist())
     except Refused as error:
         return {"verdict": "refused", "why": str(error)}
@@ -111,5 +121,40 @@ def verdict(converters: Path, base: Path, case: Path, adapter: Path | None = Non
     return {"verdict": "taken" if apart < NEAR else "wrong", "why": f"{apart:.1e} apart"}
 
 
+def apart(call: Any, *words: Any) -> dict[str, str]:
+    """The answer of a call in a forked process; refused where the process dies."""
+
+    def told(pipe: Any) -> None:
+        try:
+            pipe.send(call(*words))
+        except Exception:
+            pipe.send({"verdict": "failed", "why": traceback.format_exc()})
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=told, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        answer: dict[str, str] = ours.recv()
+    except EOFError:
+        process.join()
+        return {"verdict": "refused", "why": f"the process ended with {process.exitcode}"}
+    return answer
+
+
+def main() -> None:
+    """Verdicts on all the cases."""
+    sources = Path(sys.argv[1])
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # or it starts a debugger
+    sys.path[:0] = [str(sources), str(sources / "gguf-py")]
+    for name in ("torch", "transformers", "gguf", "conversion"):  # once, before the forks
+        importlib.import_module(name)
+    answers = {}
+    for case in json.load(sys.stdin):
+        answers[case["folder"]] = [apart(verdict, sources, Path(case["base"]), Path(case["folder"]))]
+        print(case["name"], answers[case["folder"]], file=sys.stderr, flush=True)
+    print(json.dumps({"standing": [], "answers": answers}))
+
+
 if __name__ == "__main__":
-    print(json.dumps(verdict(*[Path(word) for word in sys.argv[1:]])))
+    main()

@@ -44,7 +44,7 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def imported(names: Sequence[str], roots: Sequence[str] = ()) -> list[str]:
-    """Import the modules with `roots` stood in for, and every package that turns out to be missing; all such packages."""
+    """Import the modules with `roots` stood in for, and packages that are missing; all that are stood in for."""
     finder = StandIns(roots)
     sys.meta_path.insert(0, finder)
     for name in names:

@@ -95,7 +95,10 @@ def buffers(inner: Any, name: str, module: nn.Module) -> list[tuple[str, Tensor]
     """(parameter in transformers' names, its change) of slot 0 of a module's buffers."""
     if hasattr(module, "w13_lora_a_stacked"):
         halves = zip(module.w13_lora_b_stacked, module.w13_lora_a_stacked, strict=True)
-        up, down = torch.cat([b[0] @ a[0] for b, a in halves], 1), module.w2_lora_b_stacked[0][0] @ module.w2_lora_a_stacked[0][0]
+        up, down = (
+            torch.cat([b[0] @ a[0] for b, a in halves], 1),
+            module.w2_lora_b_stacked[0][0] @ module.w2_lora_a_stacked[0][0],
+        )
         return [(f"{name}.gate_up_proj", up), (f"{name}.down_proj", down)]
     path, _, last = name.rpartition(".")
     parts = inner.packed_modules_mapping.get(last, [last])
