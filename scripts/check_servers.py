@@ -3,8 +3,8 @@
     python scripts/check_servers.py [--vllm SOURCES] [--sglang SOURCES] [--llama-cpp SOURCES] [--work FOLDER]
 
 PEFT is checked in any case. SOURCES of vLLM and SGLang is a folder with a wheel of it unpacked (`pip download --no-deps
-vllm==0.33.0`, then unzip); SOURCES of llama.cpp its sources (the sdist of llama-cpp-python has them), where `pip install
-llama-cpp-python sentencepiece` was done. vLLM's and SGLang's small dependencies are worth installing (msgspec, pyzmq,
+vllm==0.33.0`, then unzip); SOURCES of llama.cpp its sources (the sdist of llama-cpp-python has them), with `pip install
+llama-cpp-python sentencepiece`. vLLM's and SGLang's small dependencies are worth installing (msgspec, pyzmq,
 cbor2, cloudpickle, orjson, ...); what is missing is stood in for and named below the table. `server_*.py` say how far
 each program's code runs on a CPU; `server_smollm2.py` has llama.cpp compute with a trained adapter on a real model.
 """

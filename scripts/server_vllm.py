@@ -69,6 +69,7 @@ def manager(base: Path, rank: int, mixed: bool) -> Any:
         model = initialize_model(config, model_class=get_model_architecture(model_config)[0])
         made = WorkerLoRAManager(config, torch.device("cpu"), getattr(model, "embedding_modules", {}))
         made.create_lora_manager(model, config)
+    made._adapter_manager.model_folder = base
     return made
 
 
@@ -93,6 +94,9 @@ def verdict(worker: Any, adapter: Path, changes: dict[str, Tensor], mixed: bool)
 
 def buffers(inner: Any, name: str, module: nn.Module) -> list[tuple[str, Tensor]]:
     """(parameter in transformers' names, its change) of slot 0 of a module's buffers."""
+    if hasattr(module, "full_weight_stacked") and module.full_module_enabled[0]:  # a classifier's head, whole
+        before = load_file(Path(inner.model_folder) / "model.safetensors")[f"{name}.weight"]
+        return [(f"{name}.weight", module.full_weight_stacked[0, 0, : len(before)] - before)]
     if hasattr(module, "w13_lora_a_stacked"):
         halves = zip(module.w13_lora_b_stacked, module.w13_lora_a_stacked, strict=True)
         up, down = (

@@ -36,7 +36,7 @@ FAMILIES = {
     "qwen3": Family("qwen3"),
 }
 
-_SHARED = ("token_embd", "output")
+_SHARED = ("token_embd.weight", "output.weight")
 
 
 def write(file: Path, base: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
@@ -51,7 +51,7 @@ def write(file: Path, base: Mapping[str, Any], tensors: Mapping[str, Tensor], co
     kind = str(base.get("model_type"))
     if kind not in FAMILIES:
         raise FileError(f"llama.cpp's names are known here for {listed(FAMILIES, 9)}, not for {kind}.")
-    if found := findings(config, tensors, "llama.cpp"):
+    if found := [one for one in findings(config, tensors, "llama.cpp") if one.kind != "setting"]:
         raise FileError(f"{found[0].what} Way out: {found[0].way_out}")
     family = FAMILIES[kind]
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
