@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import load_file
@@ -48,7 +50,13 @@ def manager(base: Path) -> Any:
     """SGLang's manager of LoRA for a base, without layers."""
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.lora import lora_manager, mem_pool
+    from sglang.srt.model_loader import loader
 
+    def tensors(self: Any, source: Any) -> Iterator[tuple[str, Tensor]]:
+        """SGLang's reader of files asks a running server how."""
+        yield from load_file(Path(source.model_or_path) / "adapter_model.safetensors").items()
+
+    loader.DefaultModelLoader._get_weights_iterator = tensors
     lora_manager.get_parallel = mem_pool.get_parallel = lambda: ONE
 
     class Manager(lora_manager.LoRAManager):  # type: ignore[misc]
@@ -57,7 +65,7 @@ def manager(base: Path) -> Any:
             self.base_model = nn.Linear(1, 1)
             self.base_model.config = self.base_hf_config
             self.max_loras_per_batch, self.dtype, self.device = 2, torch.float32, torch.device("cpu")
-            self.load_config, self.eviction_policy, self.lora_backend = LoadConfig(), "lru", imported_backend()
+            self.load_config, self.eviction_policy, self.lora_backend = LoadConfig(), "lru", MagicMock()
             self.attn_dp_enabled = self.enable_lora_overlap_loading = self.lora_strict_loading = False
             self.lora_added_tokens_size = self._experts_shared_outer_override = self.speculative_algorithm = None
 
@@ -77,16 +85,11 @@ def manager(base: Path) -> Any:
     return Manager()
 
 
-def imported_backend() -> Any:
-    """A backend of kernels that takes every target."""
-    return SimpleNamespace(validate_lora_targets=lambda **_: None, name="none")
-
-
 def verdict(base: Path, adapter: Path, changes: dict[str, Tensor]) -> dict[str, str]:
     """Load an adapter into SGLang's buffers and compare."""
     from sglang.srt.lora.lora_registry import LoRARef
 
-    ref, made = LoRARef(lora_name="case", lora_path=str(adapter)), manager(base)
+    ref, made = LoRARef(lora_name="case", lora_path=str(adapter), pinned=False), manager(base)
     try:
         made.init_state(lora_paths=[ref])
         made.fetch_new_loras({ref.lora_id})

@@ -32,7 +32,8 @@ SCORE = {"base_model.model.score.weight": torch.zeros(3, 2)}
 HEAD = {"base_model.model.lm_head.weight": torch.zeros(3, 2)}
 NORM = {f"{LAYER}.input_layernorm.weight": torch.zeros(2)}
 LAST_NORM = {"base_model.model.model.norm.weight": torch.zeros(2)}
-BIAS = {f"{LAYER}.self_attn.q_proj.bias": torch.zeros(2)}
+BIAS = {f"{LAYER}.self_attn.q_proj.base_layer.bias": torch.zeros(2)}
+OTHER_BIAS = {f"{LAYER}.self_attn.o_proj.bias": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,9 @@ BIAS = {f"{LAYER}.self_attn.q_proj.bias": torch.zeros(2)}
         ({"modules_to_save": ["score", "lm_head"]}, QV | SCORE | HEAD, ("refused", "wrong", "refused")),
         ({"modules_to_save": ["input_layernorm"]}, QV | NORM, ("refused", "refused", "wrong")),
         ({"modules_to_save": ["model.norm"]}, QV | LAST_NORM, ("refused", "wrong", "wrong")),
-        ({"bias": "lora_only"}, QV | BIAS, ("refused", "refused", "refused")),
+        ({"bias": "lora_only"}, QV | BIAS, ("refused", "wrong", "refused")),
+        ({"bias": "all"}, QV | BIAS | OTHER_BIAS, ("refused", "refused", "refused")),
+        ({"layer_replication": [[0, 2], [1, 2]]}, QV, ("refused", "refused", "refused")),
         ({"alora_invocation_tokens": [3]}, QV, ("refused", "wrong", "")),
         ({"target_modules": r".*\.(q|v)_proj"}, QV, ("", "refused", "")),
         ({"target_modules": "all-linear"}, QV, ("", "", "")),

@@ -79,7 +79,8 @@ def _lora_only(
     yield from _whole(config, tensors, server, name)
     for option in _OPTIONS:
         if config.get(option) and (server, option) != ("llama.cpp", "alora_invocation_tokens"):
-            yield Finding("refused" if server == "vllm" else "wrong", f"{name} has no {option}.", "merge it with PEFT.")
+            told: Kind = "refused" if server == "vllm" or option == "layer_replication" else "wrong"
+            yield Finding(told, f"{name} has no {option}.", "merge it with PEFT.")
     if server != "vllm":
         yield from _scales(config, server, name)
     if any(tensor.dim() != 2 for key, tensor in tensors.items() if _FACTOR.search(key)):
@@ -112,7 +113,9 @@ def _whole(config: Mapping[str, Any], tensors: Mapping[str, Tensor], server: Ser
         return
     passed_over = {
         "vllm": False,
-        "sglang": not any(re.search(r"\blayers\.\d", key) for key in keys),
+        "sglang": all(
+            re.search(r"\.(base_layer|lora_B)\.bias$", key) for key in keys if re.search(r"\.layers\.\d", key)
+        ),
         "llama.cpp": all("_layernorm" in key or ".norm" in key for key in keys),
     }[server]
     what = ", ".join(modules) or "biases or tokens"
