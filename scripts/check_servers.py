@@ -94,10 +94,9 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     given = parser.parse_args()
     work = given.work or Path(tempfile.mkdtemp())
-    if not (work / "cases").exists():
-        server_cases.write(work)
-    folders = sorted((work / "cases").iterdir())
-    cases = [json.loads((one / "case.json").read_text()) | {"folder": str(one)} for one in folders]
+    server_cases.write(work)
+    cases = [json.loads(file.read_text()) | {"folder": str(file.parent)} for file in work.glob("cases/*/case.json")]
+    cases.sort(key=lambda case: [*server_cases.CASES].index(case["name"]))
     for case in cases:
         case["base"] = str(work / "bases" / case["base"])
     programs: list[tuple[str, str, Path | None]] = [("peft", version("peft"), None)]

@@ -7,6 +7,7 @@ A case's folder has `adapter/`, as it would be served, and beside it `logits`, w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -175,6 +176,7 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
     "one stack of experts": ("experts", partial(by_veneer, method=LoRA(), where=f"{QV} | *.experts.down_proj")),
     "PEFT: PiSSA as it is": ("llama", partial(by_peft, init_lora_weights="pissa")),
     "PEFT: OLoRA as it is": ("llama", partial(by_peft, init_lora_weights="olora")),
+    "PEFT: PiSSA by a quick SVD as it is": ("llama", partial(by_peft, init_lora_weights="pissa_niter_4")),
     "PEFT: gaussian start": ("llama", partial(by_peft, init_lora_weights="gaussian")),
     "PEFT: lora_bias": ("biased", partial(by_peft, lora_bias=True)),
     "PEFT: alora_invocation_tokens": ("llama", partial(by_peft, alora_invocation_tokens=[314, 216])),
@@ -185,9 +187,11 @@ CASES: dict[str, tuple[str, Callable[..., dict[str, Tensor]]]] = {
 
 
 def write(folder: Path) -> None:
-    """Write every case, numbered, with its name, into `folder`."""
-    for number, (name, (kind, make)) in enumerate(CASES.items()):
-        path = folder / "cases" / f"{number:02}"
+    """Write every case that is not there yet into a folder of its name, with its name and base."""
+    for name, (kind, make) in CASES.items():
+        path = folder / "cases" / re.sub(r"\W+", "-", name)
+        if (path / "case.json").exists():
+            continue
         path.mkdir(parents=True)
         changes = make(base(kind, folder), path)
         save_file({key: value.contiguous() for key, value in changes.items()}, path / "changes.safetensors")

@@ -82,6 +82,9 @@ def test_the_gravest_thing_that_a_server_does(options, tensors, kinds):
 def test_peft_takes_its_own():
     for options in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"use_rslora": True}):
         assert findings(PLAIN | options, QV, "peft") == []
+    starts = {"pissa": [], "olora": [], "pissa_niter_4": ["wrong"], "gaussian": []}
+    for start, kinds in starts.items():
+        assert [one.kind for one in findings(PLAIN | {"init_lora_weights": start}, QV, "peft")] == kinds
 
 
 def test_what_vllm_has_to_be_started_with_is_named():

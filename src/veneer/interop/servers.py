@@ -56,7 +56,8 @@ def findings(config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor], se
 
 def _start(config: Mapping[str, Any], server: Server) -> Iterator[Finding]:
     start = str(config.get("init_lora_weights")).lower()
-    if config.get("peft_type") == "LORA" and start.startswith(_CHANGED_BASE):
+    again = server == "peft" and start in ("pissa", "olora")  # of the base alone: PEFT subtracts it again when it loads
+    if config.get("peft_type") == "LORA" and start.startswith(_CHANGED_BASE) and not again:
         yield Finding(
             "refused" if server == "vllm" else "wrong",
             f"init_lora_weights is '{start}': it belongs to a base from which its start was subtracted.",
