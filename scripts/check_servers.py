@@ -122,7 +122,8 @@ def main() -> None:
             ours, theirs = said(found[case["folder"]]), heard(heard_of, changed)
             if server != "vllm" and ours == "setting":
                 ours = "taken"  # at the start, which gives it the setting
-            why = " / ".join(re.sub(r"\s+|\|", " ", one["why"].replace(str(work), ""))[:110] for one in heard_of)
+            reasons = [re.sub(r"\s+|\|", " ", one["why"].replace(str(work), ""))[:110] for one in heard_of]
+            why = " / ".join(dict.fromkeys(reasons))
             equal = "not compared" if "not compared" in theirs else "yes" if ours == theirs else "**no**"
             print(f"| {server} | {release} | {case['name']} | {ours} | {theirs} | {equal} | {why} |", flush=True)
     for server, names in standing.items():

@@ -19,7 +19,7 @@ from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import load_file
-from server_standins import imported
+from server_code import compared, imported
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -95,13 +95,7 @@ def verdict(base: Path, adapter: Path, changes: dict[str, Tensor]) -> dict[str, 
         made.fetch_new_loras({ref.lora_id})
     except Exception as error:
         return {"verdict": "refused", "why": f"{type(error).__name__}: {error}"}
-    seen = buffers(made, ref.lora_id)
-    ends = [key for key in changes if changes[key].any()]
-    gone = [key for key in ends if key not in seen]
-    apart = max((float((seen[key] - changes[key]).abs().max()) for key in ends if key in seen), default=0.0)
-    extra = [key for key, value in seen.items() if value.any() and key not in ends]
-    right = ends and not gone and not extra and apart < 1e-4
-    return {"verdict": "taken" if right else "wrong", "why": f"{apart:.1e} apart, without {gone[:2]}, more {extra[:2]}"}
+    return compared(buffers(made, ref.lora_id), changes)
 
 
 def buffers(made: Any, uid: str) -> dict[str, Tensor]:

@@ -14,6 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, f"{sys.argv[1]}/gguf-py")  # llama.cpp's own gguf, which its converters need
+sys.path.insert(0, sys.argv[1])
+
 import numpy
 import torch
 from server_llama_cpp import Model, Refused, base_file
@@ -69,7 +72,6 @@ def main(sources: Path) -> None:
     print(f"Without: {tokenizer.decode(plain[0])!r}\n\nWith: {tokenizer.decode(adapted[0])!r}\n")
     with tempfile.TemporaryDirectory() as folder:
         lora = veneer.export(model, adapter, Path(folder) / "lora", to="gguf-lora").folder / gguf.FILE
-        sys.path[:0] = [str(sources), str(sources / "gguf-py")]
         wide = base_file(sources, smollm2.folder(), Path(folder) / "base.gguf")
         narrow = packages.file(smollm2.PACKAGE, smollm2.GGUF)
         print("| llama.cpp's base, adapter | logits apart, at most | in the mean | KL | same greedy tokens |")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from server_standins import imported
+from server_code import compared, imported
 from torch import Tensor, nn
 
 sys.path.insert(0, sys.argv[1])
@@ -84,12 +84,7 @@ def verdict(worker: Any, adapter: Path, changes: dict[str, Tensor], mixed: bool)
         return {"verdict": "refused", "why": f"{type(error).__name__}: {error}"}
     inner = worker._adapter_manager
     seen = {key: change for name, module in inner.modules.items() for key, change in buffers(inner, name, module)}
-    ends = [key for key in changes if changes[key].any()]
-    gone = [key for key in ends if key not in seen]
-    apart = max((float((seen[key] - changes[key]).abs().max()) for key in ends if key in seen), default=0.0)
-    extra = [key for key, value in seen.items() if value.any() and key not in ends]
-    right = ends and not gone and not extra and apart < 1e-4
-    return {"verdict": "taken" if right else "wrong", "why": f"{apart:.1e} apart, without {gone[:2]}, more {extra[:2]}"}
+    return compared(seen, changes)
 
 
 def buffers(inner: Any, name: str, module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""Imports of a server's own code where what only its kernels and its front need is not installed."""
+"""What the scripts for vLLM and SGLang share: imports of their code, where what only their kernels and their front need is
+not installed, and comparing what stands in their buffers."""
 
 from __future__ import annotations
 
@@ -6,10 +7,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
+
+from torch import Tensor
 
 
 class StandIn(ModuleType):
@@ -63,3 +66,15 @@ def imported(names: Sequence[str], roots: Sequence[str] = ()) -> list[str]:
                     if orphan.rpartition(".")[0] not in sys.modules:
                         del sys.modules[orphan]
     return finder.roots
+
+
+def compared(seen: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> dict[str, str]:
+    """Whether the changes of parameters that a server's buffers mean are those of the adapter."""
+    expected = {key: change for key, change in changes.items() if change.any()}
+    apart = max(
+        (float((seen[key] - change).abs().max()) for key, change in expected.items() if key in seen), default=0.0
+    )
+    gone = [key for key in expected if key not in seen]
+    more = [key for key, change in seen.items() if change.any() and key not in expected]
+    why = f"{apart:.1e} apart" + f", without {gone}" * bool(gone) + f", more {more}" * bool(more)
+    return {"verdict": "taken" if apart < 1e-4 and not gone and not more else "wrong", "why": why}
