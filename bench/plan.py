@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -74,10 +75,13 @@ def setting(name: str, tokens: int, checkpointing: bool) -> tracing.Setting:
     )
 
 
-def real(found: Any, wanted: tracing.Setting) -> tuple[Any, dict[str, torch.Tensor]]:
-    model = loading.class_of(found)(copy.deepcopy(found))
-    if wanted.quantization:
-        veneer.quantize(model, wanted.quantization)
+def real(found: Any, wanted: tracing.Setting, dense: str | None = None) -> tuple[Any, dict[str, torch.Tensor]]:
+    if wanted.quantization and dense is not None:
+        model = veneer.load_quantized(dense, wanted.quantization)
+    else:
+        model = loading.class_of(found)(copy.deepcopy(found))
+        if wanted.quantization:
+            veneer.quantize(model, wanted.quantization)
     tracing.train_by(model, wanted)
     ghost = tracing.inputs(found, wanted)
     return model, {key: torch.ones(ids.shape, dtype=ids.dtype) for key, ids in ghost.items()}
@@ -101,8 +105,8 @@ def saved(families: Iterable[str]) -> list[tuple[str, str, bool, int, int]]:
     return rows
 
 
-def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
-    """Of this process: its size before, the predicted peak, the measured one."""
+def measure(family: str, name: str, checkpointing: bool, dense: str) -> dict[str, float]:
+    """Of this process: its size before, the predicted peak, the measured one. `dense` is a folder to load NF4 from."""
     torch.set_num_threads(1)
     found, wanted = config(PEAKS, family), setting(name, WIDE_TOKENS, checkpointing)
     tiny = copy.deepcopy(found)
@@ -114,14 +118,14 @@ def measure(family: str, name: str, checkpointing: bool) -> dict[str, float]:
     planned = made(found, wanted, "adamw", None)
     before = host.resident()
     said = planned.peak.expected - planned.memory["overhead"].expected + before
-    model, batch = real(found, wanted)
-    forget_peak()  # before it is packed, the model is there in whole
+    forget_peak()
+    model, batch = real(found, wanted, dense)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
         tracing.loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    keeps = host.kept(planned.counted["made"], wanted.quantization is not None)[0]
+    keeps = host.kept(planned.counted["made"])[0]
     return {"before": before, "predicted": said + keeps, "kept": keeps, "measured": status()}
 
 
@@ -130,11 +134,14 @@ def peaks(
 ) -> list[tuple[str, str, bool, dict[str, float], dict[str, float]]]:
     """(model, method, checkpointing, with malloc as it is, with a malloc that gives memory back)."""
     rows = []
+    scratch = TemporaryDirectory()
     for family in families:
+        dense = f"{scratch.name}/{family}"
+        loading.class_of(config(PEAKS, family))(config(PEAKS, family)).save_pretrained(dense)
         for name, checkpointing in ways:
             if (family, name) == ("gpt2", "qlora"):
                 continue  # its weights are no linears
-            command = [sys.executable, __file__, "--only", family, name, str(int(checkpointing))]
+            command = [sys.executable, __file__, "--only", family, name, str(int(checkpointing)), dense]
             found = []
             for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
                 ran = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | more)
@@ -197,12 +204,13 @@ def _off(row: dict[str, float]) -> float:
 def main() -> None:
     warnings.filterwarnings("ignore")
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs=3, metavar=("MODEL", "METHOD", "CHECKPOINTING"), help="in this process")
+    only = ("MODEL", "METHOD", "CHECKPOINTING", "FOLDER")
+    parser.add_argument("--only", nargs=4, metavar=only, help="in this process")
     parser.add_argument("--full", action="store_true", help="all architectures, models and ways")
     parser.add_argument("--results", type=Path, help="a Markdown file for the tables")
     asked = parser.parse_args()
     if asked.only:
-        print(json.dumps(measure(asked.only[0], asked.only[1], asked.only[2] == "1")))
+        print(json.dumps(measure(asked.only[0], asked.only[1], asked.only[2] == "1", asked.only[3])))
         return
     text = page(asked.full)
     print(text)

@@ -63,7 +63,7 @@ def compare(full: bool, scratch: Path, console: Console) -> dict[str, Any]:
         torch.manual_seed(SEED)
         if quantizer is not None and start_near:
             adapter, repair = veneer.quantize_around(chat.model, quantizer, replace(METHOD, init="loftq"))
-            console.print(repair)
+            console.print(str(repair))
         else:
             if quantizer is not None:
                 veneer.quantize(chat.model, quantizer)

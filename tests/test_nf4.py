@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, logits, perturb
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, WavLMConfig, WavLMModel
 
 import veneer
 from veneer.errors import CorruptFile, NoSuchPlace, PlaceError
@@ -165,3 +166,19 @@ def test_a_shared_weight_is_refused_before_anything_is_quantized():
     with pytest.raises(PlaceError, match=r"mlp\.up_proj shares its weight with another module"):
         veneer.quantize(model, veneer.NF4())
     assert not any(isinstance(module, NF4Linear) for module in model.modules())
+
+
+def test_linears_whose_weight_other_code_reads_stay_dense():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1, state_size=8))
+    veneer.quantize(mamba, veneer.NF4())
+    mixer = mamba.backbone.layers[0].mixer
+    assert isinstance(mixer.in_proj, NF4Linear)
+    assert type(mixer.dt_proj) is nn.Linear
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    wavlm = WavLMModel(WavLMConfig(**sizes)).eval()
+    veneer.quantize(wavlm, veneer.NF4())
+    layer = wavlm.encoder.layers[0]
+    assert isinstance(layer.feed_forward.output_dense, NF4Linear)
+    assert type(layer.attention.q_proj) is nn.Linear
+    assert torch.isfinite(mamba(torch.arange(5)[None]).logits).all()
+    assert torch.isfinite(wavlm(torch.randn(1, 2000)).last_hidden_state).all()

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from command import run
-from transformers import BertConfig, T5Config, ViTConfig
+from transformers import BertConfig, MambaConfig, T5Config, ViTConfig
 
 from veneer.errors import PlanError
 from veneer.plan.choose import advice, choose
@@ -51,6 +51,17 @@ def test_very_few_parameters_are_for_prefix_tuning():
 def test_quality_with_resources_is_for_full_fine_tuning():
     assert ranked("llama:7b", "h200", quality_first=True)[0] == "full fine-tuning"
     assert ranked("llama:7b", "24GB", quality_first=True)[0] == "LoRA"
+
+
+def test_a_method_without_a_place_in_the_model_is_barred_and_the_others_are_ranked():
+    mamba = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8)
+    choices = choose(mamba, "24GB")
+    barred = {each.name: each.barred[0] for each in choices if each.barred}
+    assert "prefix tuning" in barred
+    assert "attention" in barred["prefix tuning"]
+    assert choices[0].name == "LoRA"
+    assert choices[-1].barred
+    assert choices[-1].as_dict()["cost"] is None
 
 
 def test_65b_on_little_hardware_is_for_qlora():

@@ -23,7 +23,7 @@ from transformers.integrations import integration_utils
 
 import veneer
 from veneer.errors import Diverged, MissingSample, RecipeError, RunError, Stopped
-from veneer.train import checkpoint, models, run, trackers, using
+from veneer.train import attempt, checkpoint, models, run, trackers, using
 from veneer.train import recipe as recipes
 from veneer.train.data import Data, prepare
 from veneer.train.tasks import preference
@@ -276,31 +276,31 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(recipe, whole, tmp_path, m
 
 
 def test_out_of_memory_takes_smaller_micro_batches_of_the_same_steps(recipe, tmp_path, monkeypatch):
-    real = run.RecipeTrainer.training_step
+    real = attempt.RecipeTrainer.training_step
 
     def step(self, model, inputs, *args):
         if len(inputs["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return real(self, model, inputs, *args)
 
-    monkeypatch.setattr(run.RecipeTrainer, "training_step", step)
+    monkeypatch.setattr(attempt.RecipeTrainer, "training_step", step)
     result = go(recipe, tmp_path / "out")
     assert result.report["micro_batch_size"] == 2
     assert result.report["retries"] == [{"micro_batch_size": 4, "error": "CUDA out of memory. Tried to allocate 2 GiB"}]
     monkeypatch.undo()
     assert same(result, go(recipe, tmp_path / "two", "training.micro_batch_size=2"))
-    monkeypatch.setattr(run.RecipeTrainer, "training_step", step)
+    monkeypatch.setattr(attempt.RecipeTrainer, "training_step", step)
     with pytest.raises(RunError, match=r"does not hold 4 examples at once .*Set training.micro_batch_size lower"):
         go(recipe, tmp_path / "three", "training.micro_batch_size=4")
 
 
 def test_a_loss_that_is_no_number_stops_with_step_rows_and_advice(recipe, tmp_path, monkeypatch):
-    real = run.RecipeTrainer.compute_loss
+    real = attempt.RecipeTrainer.compute_loss
 
     def loss(self, model, inputs, *args, **kwargs):
         return real(self, model, inputs, *args, **kwargs) * (math.nan if self.state.global_step == 2 else 1)
 
-    monkeypatch.setattr(run.RecipeTrainer, "compute_loss", loss)
+    monkeypatch.setattr(attempt.RecipeTrainer, "compute_loss", loss)
     said = (
         r"nan at step 3 in a batch of training rows \d+, \d+, \d+, \d+; set training.learning_rate lower \(it is 0.01\)"
     )
@@ -309,12 +309,12 @@ def test_a_loss_that_is_no_number_stops_with_step_rows_and_advice(recipe, tmp_pa
 
 
 def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
-    real = run.RecipeTrainer.compute_loss
+    real = attempt.RecipeTrainer.compute_loss
 
     def loss(self, model, inputs, *args, **kwargs):
         return real(self, model, inputs, *args, **kwargs) * (30 if self.state.global_step == 3 else 1)
 
-    monkeypatch.setattr(run.RecipeTrainer, "compute_loss", loss)
+    monkeypatch.setattr(attempt.RecipeTrainer, "compute_loss", loss)
     with pytest.raises(Diverged, match=r"became \d+ at step 4, after [\d.]+; set training.learning_rate lower"):
         go(recipe, tmp_path / "out")
 
@@ -336,6 +336,8 @@ def test_a_loss_that_explodes_stops(recipe, tmp_path, monkeypatch):
         (["data.shuffle=false", "training.group_by_length=true"], "group_by_length makes an order of its own"),
         (["method={AdapterFusion: {parts: [/no/a, /no/b]}}"], "/no/a is no folder of an adapter"),
         (["training.parallel=fsdp", "training.compile=true"], "FSDP gathers each block's weights"),
+        (["training.parallel=fsdp", "training.optimizer=paged"], "paged keeps states of whole parameters"),
+        (["training.optimizer=paged-bitsandbytes"], "pages nothing on a CPU; take paged"),
         (["training.parallel=fsdp"], "fsdp needs several processes: torchrun"),
         (["training.parallel=fsdp", "model.quantization=bitsandbytes-8bit"], "take ddp, or bitsandbytes-4bit or nf4"),
         (["model=/no/where"], "cannot be loaded"),
@@ -374,7 +376,7 @@ def test_a_run_that_was_best_early_and_killed_while_it_saved_its_result_is_not_t
     spoils = ["training.learning_rate=0.5", "training.steps=40", "evaluation={every: 1, patience: 3, keep: best}"]
     spoils += ["training.checkpoint_every=1", "training.schedule=constant", "training.warmup=0"]
     with monkeypatch.context() as patch:
-        patch.setattr(run._Run, "_save", lambda *args: 1 / 0)
+        patch.setattr(attempt.Run, "_save", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             go(recipe, tmp_path / "out", *spoils)
     shutil.copytree(tmp_path / "out", tmp_path / "two")
@@ -412,6 +414,7 @@ ELSEWHERE = {
     "training.gradient_checkpointing": "test_options_that_change_no_weight_change_something_else",
     "training.checkpoint_every": "test_options_that_change_no_weight_change_something_else",
     "training.keep_checkpoints": "test_options_that_change_no_weight_change_something_else",
+    "training.optimizer": "test_every_optimizer_trains_and_goes_on",
     "training.trackers": "test_trackers_are_told_by_their_names",
     "evaluation.every": "test_a_run_leaves_what_it_says",
     "evaluation.patience": "test_patience_ends_a_run_and_best_keeps_its_best",
@@ -459,6 +462,21 @@ def test_options_that_change_no_weight_change_something_else(recipe, whole, tmp_
     assert len(result.report["examples"]) == 2
     assert all(len(example["answer"].encode()) <= 9 for example in result.report["examples"])
     assert same(whole, result)
+
+
+@pytest.mark.parametrize(("name", "alike"), [("flat", True), ("paged", True), ("adamw-8bit", False)])
+def test_every_optimizer_trains_and_goes_on(recipe, whole, tmp_path, monkeypatch, name, alike):
+    made, real = [], veneer.optimizer
+    monkeypatch.setattr(veneer, "optimizer", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    out, option = tmp_path / "out", f"training.optimizer={name}"
+    result = go(recipe, out, option)
+    assert type(made[0]).__name__ == {"flat": "FlatAdamW", "paged": "PagedAdamW", "adamw-8bit": "AdamW8bit"}[name]
+    assert result.metrics["loss"] < result.before["loss"]
+    assert same(whole, result) == alike
+    shutil.copytree(out / "adapter", tmp_path / "undisturbed" / "adapter")
+    (out / "report.json").unlink()
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6")
+    assert same(go(recipe, out, option, resume=True), tmp_path / "undisturbed")
 
 
 class Told(TrainerCallback):
@@ -517,13 +535,13 @@ def test_bitsandbytes_bases_train(recipe, tmp_path, quantization):
 
 
 def test_rows_are_taken_in_the_order_of_the_file_where_nothing_shuffles(recipe, tmp_path, monkeypatch):
-    seen, real = [], run.RecipeTrainer.training_step
+    seen, real = [], attempt.RecipeTrainer.training_step
 
     def step(self, model, inputs, *args):
         seen.extend(inputs["row_numbers"].tolist())
         return real(self, model, inputs, *args)
 
-    monkeypatch.setattr(run.RecipeTrainer, "training_step", step)
+    monkeypatch.setattr(attempt.RecipeTrainer, "training_step", step)
     go(recipe, tmp_path / "out", "data.shuffle=false")
     assert seen == list(range(24))
 

@@ -19,7 +19,7 @@ from veneer.formats.nf4_experts import STACKS, holder
 from veneer.formats.nf4_storage import Holder, finite
 from veneer.handle import adapters
 from veneer.ops import nf4_kernels
-from veneer.seams import transformers
+from veneer.seams import anatomy, transformers
 
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -52,8 +52,8 @@ def quantize(model: nn.Module, method: NF4, where: str | None = None, *, skip: S
     """Store the linears and experts that `where` names in four bits, in place, one after the other; returns the model.
 
     `where` is read as by `attach`; None means every linear in the blocks and every stack of a mixture's experts. The
-    head, embeddings, norms and routers are none of those and stay in their dtype. So does what the model itself keeps
-    in float32, such as the last projections of T5's MLPs.
+    head, embeddings, norms and routers are none of those and stay in their dtype. So do what the model itself keeps in
+    float32, such as the last projections of T5's MLPs, and a linear whose weight other code reads (Mamba's `dt_proj`).
     `skip` names modules (globs or `re:` regexes) to leave out. Adapters come afterwards.
 
     Raises PlaceError where an adapter is attached already, a weight is not finite or its device lacks the kernel that
@@ -170,8 +170,10 @@ def by_owner(found: Sequence[Place]) -> Mapping[str, list[str]]:
 def _usual(model: nn.Module) -> list[Place]:
     """Every linear in the blocks, and every stack of experts."""
     stacks = [place for place in places.weights(model).values() if type(place.format) is experts.Experts]
+    outside = anatomy.read_from_outside(model)
     try:
-        return [*places.find(model, "linear", "weight"), *stacks]
+        linears = places.find(model, "linear", "weight")
+        return [*(place for place in linears if place.owner_path not in outside), *stacks]
     except NoSuchPlace:
         if not stacks:
             raise

@@ -100,8 +100,23 @@ def save(adapter: Adapter, folder: str | Path, *, parts: Mapping[str, str | Path
 
 def packed(tensors: Mapping[str, Tensor]) -> bytes:
     """A safetensors file as PEFT writes it; the same tensors always give the same bytes."""
-    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    return safetensors.torch.save(whole, metadata={"format": "pt"})
+    return safetensors.torch.save(_apart(tensors), metadata={"format": "pt"})
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """That file, written from the tensors' own memory, which `packed` takes once more."""
+    safetensors.torch.save_file(_apart(tensors), path, metadata={"format": "pt"})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU; one whose memory has come already is copied, which safetensors wants."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        found[key] = plain.clone() if plain.data_ptr() in seen else plain
+        seen.add(plain.data_ptr())
+    return found
 
 
 def _recipe(adapter: Adapter, name: str, packed: bytes, references: dict[str, Reference]) -> Recipe:

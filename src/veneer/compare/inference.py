@@ -14,9 +14,9 @@ from veneer.compare.scoring import fitting
 from veneer.errors import VeneerError
 from veneer.seams.quiet import quiet
 from veneer.train import models
+from veneer.train.attempt import Result
 from veneer.train.data import Prepared
 from veneer.train.evaluate import evaluating
-from veneer.train.run import Result
 
 BATCHES = (1, 16)
 ROUNDS, PROMPT, NEW = 3, 32, 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 from veneer.errors import VeneerError
 from veneer.plan.devices import Device
 from veneer.plan.plan import plan
+from veneer.train.attempt import Result
 from veneer.train.data import Prepared
 from veneer.train.machine import device
-from veneer.train.run import Result
 
 
 def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | str:
@@ -31,6 +31,7 @@ def parts(result: Result, prepared: Prepared, before: int) -> dict[str, int] | s
             also_train=result.adapter.also_train,
             batch_size=result.report["micro_batch_size"],
             sequence_length=max(prepared.train["length"]),
+            optimizer=recipe.training.optimizer,
             checkpointing=recipe.training.gradient_checkpointing,
             loss="chunked" if result.report["loss"] == "chunked" else "whole",
             device=here,

@@ -3,15 +3,14 @@
 The compiler makes vectors of these loops; each is compiled for AVX-512, AVX2 and plain x86-64 (elsewhere once), and the
 widest that the machine has is taken when the program runs. Plain C ABI, called through ctypes. */
 
-#include <pthread.h>
-#include <stdint.h>
+#include "threads.h"
+
 #include <stdlib.h>
 #include <string.h>
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define WORDS 64          /* random words at a time: two elements each */
 #define SHARE (1L << 18)  /* elements that are worth a thread */
-#define MOST 64           /* threads */
 #define LANES 8           /* sums side by side in a product */
 
 enum dtype { FLOAT32, BFLOAT16 };
@@ -181,27 +180,19 @@ __attribute__((constructor)) static void choose(void) {
 #endif
 }
 
-static void *run(void *task) {
-    drop_best(task);
-    return NULL;
-}
+static void run_drop(void *task) { drop_best(task); }
 
 /* Elements of `from`, those whose lane is below the threshold as zeros. */
 void veneer_drop(const void *from, void *to, int64_t count, uint64_t seed, uint32_t threshold, int32_t size,
                  int64_t threads) {
-    pthread_t started[MOST];
     Drop tasks[MOST];
-    if (threads > MOST) threads = MOST;
-    if (threads > count / SHARE) threads = count / SHARE;
-    if (threads < 1) threads = 1;
-    int64_t share = (count / threads / 2 + 1) * 2, begun = 0;
+    threads = worth(threads, count, SHARE);
+    int64_t share = (count / threads / 2 + 1) * 2;
     for (int64_t k = 0; k < threads; k++) {
         int64_t last = (k + 1) * share < count ? (k + 1) * share : count;
         tasks[k] = (Drop){from, to, k * share, last, (uint32_t)seed, (uint32_t)(seed >> 32), threshold, size};
-        if (k + 1 < threads && pthread_create(&started[begun], NULL, run, &tasks[k]) == 0) begun++;
-        else run(&tasks[k]);
     }
-    for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
+    in_parts(run_drop, tasks, sizeof(Drop), threads);
 }
 
 /* y + scale * B(A(x)) with A and B in float32, summed in float32; 0 where there is no memory for it. */
@@ -236,7 +227,7 @@ typedef struct {
     int32_t done;
 } Mixed;
 
-static void *mix(void *given) {
+static void mix(void *given) {
     Mixed *task = given;
     Sizes sizes = task->sizes;
     const int64_t size = sizes.dtype == FLOAT32 ? 4 : 2;
@@ -258,30 +249,22 @@ static void *mix(void *given) {
         beside_best(&one, room);
     }
     free(room);
-    return NULL;
 }
 
 /* As `veneer_beside`, for each turn its row of x and y by its pair, one pair after the other; 0 where there is no memory. */
 int veneer_mixed(const void *x, const void *y, void *to, const Pair *pairs, const Turn *turns, int64_t count,
                  const Sizes *sizes, int64_t threads) {
-    pthread_t started[MOST];
     Mixed tasks[MOST];
-    const int64_t work = count * sizes->tokens * (sizes->in + sizes->out);
-    if (threads > MOST) threads = MOST;
-    if (threads > work / SHARE) threads = work / SHARE;
-    if (threads < 1) threads = 1;
-    int64_t begun = 0, first = 0, made = 0;
+    threads = worth(threads, count * sizes->tokens * (sizes->in + sizes->out), SHARE);
+    int64_t first = 0, made = 0;
     for (int64_t k = 1; k <= threads; k++) {
         int64_t last = count * k / threads;
         while (last < count && last > 0 && turns[last].row == turns[last - 1].row) last++;
         if (last <= first) continue;
-        Mixed *task = &tasks[made++];
-        *task = (Mixed){x, y, to, pairs, turns, first, last, *sizes, 0};
-        if (k < threads && pthread_create(&started[begun], NULL, mix, task) == 0) begun++;
-        else mix(task);
+        tasks[made++] = (Mixed){x, y, to, pairs, turns, first, last, *sizes, 0};
         first = last;
     }
-    for (int64_t k = 0; k < begun; k++) pthread_join(started[k], NULL);
+    in_parts(mix, tasks, sizeof(Mixed), made);
     int done = 1;
     for (int64_t k = 0; k < made; k++) done &= tasks[k].done;
     return done;

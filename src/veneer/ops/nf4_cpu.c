@@ -7,8 +7,8 @@ compiler knows the target attribute and chosen when the program runs. Everything
 Rounding must be that of separate multiplications and additions: compile with -ffp-contract=off. Plain C ABI, called
 through ctypes; nothing of Python or torch is needed to build it. */
 
-#include <pthread.h>
-#include <stdint.h>
+#include "threads.h"
+
 #include <string.h>
 #include <sys/mman.h>
 
@@ -22,7 +22,6 @@ through ctypes; nothing of Python or torch is needed to build it. */
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define OUTER 256         /* magnitudes that share a second-level one, as in nf4.py */
 #define SHARE (1L << 19)  /* values that are worth a thread */
-#define MOST 256          /* threads */
 
 enum dtype { FLOAT32, BFLOAT16, FLOAT16 };
 enum vectors { PLAIN, AVX2, AVX512 };
@@ -294,27 +293,19 @@ typedef struct {
     const Task *task;
     Work *work;
     int64_t first, last;
-    pthread_t thread;
 } Part;
 
-static void *run_part(void *part) {
+static void run_part(void *part) {
     const Part *p = part;
     p->work(p->task, p->first, p->last);
-    return NULL;
 }
 
-/* The threads live for one call only: none is left for a fork to lose. */
 static void run(const Task *task, Work *work, int64_t blocks, int64_t threads) {
     Part parts[MOST];
-    if (threads > blocks * task->block / SHARE) threads = blocks * task->block / SHARE;
-    if (threads > MOST) threads = MOST;
-    if (threads < 1) threads = 1;
-    int64_t started = 0;
+    threads = worth(threads, blocks * task->block, SHARE);
     for (int64_t i = 0; i < threads; i++)
-        parts[i] = (Part){task, work, blocks * i / threads, blocks * (i + 1) / threads, 0};
-    while (started < threads - 1 && !pthread_create(&parts[started].thread, NULL, run_part, &parts[started])) started++;
-    for (int64_t i = started; i < threads; i++) run_part(&parts[i]); /* the last, and those that got no thread */
-    for (int64_t i = 0; i < started; i++) pthread_join(parts[i].thread, NULL);
+        parts[i] = (Part){task, work, blocks * i / threads, blocks * (i + 1) / threads};
+    in_parts(run_part, parts, sizeof(Part), threads);
 }
 
 /* New memory comes in pages, and to get 8,192 small ones takes longer than to fill them. */

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.delta import Method
-from veneer.errors import PlanError
+from veneer.errors import MethodError, PlaceError, PlanError
 from veneer.methods import BottleneckAdapter, FullFineTuning, LoRA, PrefixTuning, PromptTuning
 from veneer.plan.costs import Cost, cost
 from veneer.plan.devices import GIB, MIB, Device, device
@@ -47,10 +47,13 @@ CANDIDATES = (
 
 @dataclass(frozen=True)
 class Choice:
-    """One method in the ranking. barred: why it cannot be, or empty. reasons: what speaks for and against it."""
+    """One method in the ranking. barred: why it cannot be, or empty. reasons: what speaks for and against it.
+
+    cost: None where the method has no place in the model.
+    """
 
     candidate: Candidate
-    cost: Cost
+    cost: Cost | None
     seconds: float | None
     reasons: tuple[str, ...]
     barred: tuple[str, ...]
@@ -64,7 +67,7 @@ class Choice:
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
         found = {"method": self.name, "possible": not self.barred, "barred": list(self.barred)}
-        figures = vars(self.cost) | {"share": self.cost.share, "step_seconds": self.seconds}
+        figures = self.cost and vars(self.cost) | {"share": self.cost.share, "step_seconds": self.seconds}
         return found | {"reasons": list(self.reasons), "cost": figures, "recipe": self.recipe}
 
 
@@ -90,7 +93,7 @@ def choose(
     hours: float | None = None,
     data: str = "data.jsonl",
 ) -> list[Choice]:
-    """Methods for a model on a device, the best first; those that a constraint bars come last and say why.
+    """Methods for a model on a device, the best first; those that a constraint or the model bars come last and say why.
 
     model: a preset (`llama:7b`), a folder, a Hub id or a config, of any architecture that takes token ids.
 
@@ -111,14 +114,13 @@ def choose(
         raise PlanError(f"How fast {where.name} is, is not known, so hours cannot be planned; name a device.")
     found = []
     for candidate in CANDIDATES:
-        figures = cost(
-            model,
-            candidate.method,
-            four_bits=candidate.four_bits,
-            batch=batch,
-            length=length,
-            checkpointing=checkpointing,
-        )
+        recipe = _recipe(model, candidate, batch, length, checkpointing, data)
+        settings = dict[str, Any](batch=batch, length=length, checkpointing=checkpointing)
+        try:
+            figures = cost(model, candidate.method, four_bits=candidate.four_bits, **settings)
+        except (PlaceError, MethodError) as error:
+            found.append(Choice(candidate, None, None, (), (str(error),), recipe))
+            continue
         seconds = _seconds(figures, candidate, where)
         barred = []
         if figures.peak > where.memory:
@@ -137,7 +139,6 @@ def choose(
             needed = seconds * examples / batch / 3600
             if needed > hours:
                 barred.append(f"{needed:.1f} hours for {examples} examples, {hours:.1f} are allowed")
-        recipe = _recipe(model, candidate, batch, length, checkpointing, data)
         reasons = tuple(_reasons(candidate, figures, seconds, tasks, zero_overhead))
         found.append(Choice(candidate, figures, seconds, reasons, tuple(barred), recipe))
     return sorted(found, key=lambda choice: _rank(choice, quality_first, tasks))
@@ -147,11 +148,13 @@ def _rank(choice: Choice, quality_first: bool, tasks: int) -> tuple[float, ...]:
     table = evidence()["quality"]
     behind = table["full"] - table[choice.candidate.quality]
     lost = behind if quality_first else (0.0 if behind <= table["noise"] else behind)
+    if choice.cost is None:
+        return (2.0,)
     spots = choice.cost.sites if tasks > 1 else 0
     work = choice.cost.flops if choice.seconds is None else choice.seconds
     if tasks > 1 and not quality_first and behind <= GIVEN:
         lost = 0.0
-    return (bool(choice.barred), lost, spots, work, choice.candidate.four_bits, choice.cost.peak)
+    return (float(bool(choice.barred)), lost, spots, work, choice.candidate.four_bits, choice.cost.peak)
 
 
 def _seconds(figures: Cost, candidate: Candidate, where: Device) -> float | None:

@@ -12,6 +12,8 @@ from veneer.plan.tracing import SLACK, Counts
 from veneer.quantizing import NF4
 from veneer.seams import transformers
 
+NEAR = 1.02
+"""A larger answer than this is looked for once more."""
 MOST = 2**20
 """Examples or tokens beyond which nobody looks."""
 
@@ -41,12 +43,16 @@ def _largest(plan: Plan, option: str, points: tuple[int, ...], size: int, most: 
         options: dict[str, Any] = {option: n}
         return plan.changed(counted, **options)
 
-    def least_above(slack: float) -> int:
+    def between(n: int) -> Counts:
+        weights = {a: math.prod((n - b) / (a - b) for b in points if b != a) for a in points}
+        return {key: sum(w * known[a].counted[key] for a, w in weights.items()) for key in plan.counted}
+
+    def most_within(off: float) -> int:
         low, high = 0, most + 1
         while high - low > 1:
             middle = (low + high) // 2
-            weights = {a: math.prod((middle - b) / (a - b) for b in points if b != a) for a in points}
-            counted = {key: sum(w * known[a].counted[key] for a, w in weights.items()) for key in plan.counted}
+            counted = between(middle)
+            slack = max(0.0, counted.get(SLACK, 0.0)) * off
             fits = at(middle, counted | {SLACK: slack}).peak.expected <= size
             low, high = (middle, high) if fits else (low, middle)
         return low
@@ -54,15 +60,16 @@ def _largest(plan: Plan, option: str, points: tuple[int, ...], size: int, most: 
     if plan.counted["weights"] + plan.counted["adapter"] > size:
         return 0
     known = {n: at(n) for n in points}
-    best, slack = 0, known[points[-1]].counted.get(SLACK, 0.0)
-    for _ in range(2):  # what the allocator leaves unused wavers, and is least where there is much to allocate
-        found = least_above(slack)
-        while found > best and (planned := at(found)).peak.expected > size:
-            slack = planned.counted.get(SLACK, 0.0)
-            found = min(least_above(slack), found - max(1, found // 50))
+    best, off = 0, 1.0
+    while (found := most_within(off)) > best * NEAR:
+        planned = at(found)
+        # What the allocator leaves unused wavers about its line, so the answer is planned, and the line moved to it.
+        off = planned.counted.get(SLACK, 0.0) / max(1.0, between(found).get(SLACK, 0.0))
+        while planned.peak.expected > size and (found := min(most_within(off), found - max(1, found // 50))) > best:
+            planned = at(found)
         if found <= best:
             break
-        best, slack = found, planned.counted.get(SLACK, 0.0)
+        best = found
     return best
 
 

@@ -345,7 +345,7 @@ def _completed(parts: dict[str, Interval], counted: Counts, setting: Setting) ->
     """All parts, with what the process, CUDA and the allocator add."""
     if setting.kind == "cpu":
         now = resident()
-        expected, most = kept(counted.get("made", 0.0), setting.quantization is not None)
+        expected, most = kept(counted.get("made", 0.0))
         overhead = Interval(now, now + expected, now + most)
     else:
         slack = counted.get(SLACK, 0.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch.utils.flop_counter import flop_registry
 from veneer.adapter import attach
 from veneer.counting import count_parameters
 from veneer.delta import Method
-from veneer.errors import PlanError
+from veneer.errors import PlanError, UnreadableModel
 from veneer.formats.nf4_storage import Holder
 from veneer.methods import PromptTuning
+from veneer.ops import nf4_kernels
 from veneer.ops.loss import chunk_length, summed_cross_entropy
 from veneer.optim.choosing import PAGED_FROM
 from veneer.plan.devices import CUDA_ALLOCATOR, Allocator
@@ -79,9 +80,12 @@ def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
                     total[key], added = max(total[key], more[key]), 0.0
                 total[key] += added * stack.steps
                 block[key] += added
+    if block.get("made"):
+        total["made"] = block["made"]  # however many blocks there are: what one leaves in malloc's heap, the next takes
     return total, block
 
 
+_ANATOMIES: dict[str, anatomy.Anatomy] = {}
 _KNOWN: dict[str, Counts] = {}
 _BASES: dict[tuple[str, Setting], Counts] = {}
 
@@ -97,6 +101,12 @@ def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Coun
 def build(config: Any, setting: Setting) -> Any:
     """The base on the meta device, in its dtype and packed where that is asked for."""
     model: Any = loading.without_weights(config, loading.class_of(config)).to(setting.dtype)
+    key = config.to_json_string(use_diff=False)
+    if key in _ANATOMIES:
+        anatomy.adopt(model, _ANATOMIES[key])
+    else:
+        with suppress(UnreadableModel):  # which what needs it says
+            _ANATOMIES[key] = anatomy.read(model)
     if setting.quantization is not None:
         quantize(model, setting.quantization)
     return model
@@ -158,9 +168,12 @@ def _count(config: Any, setting: Setting) -> Counts:
 
 
 def _largest(model: nn.Module, setting: Setting) -> int:
-    """Bytes of the largest packed weight, made dense; of a stack, of one matrix, since each is made so alone."""
+    """Bytes of the largest packed weight, made dense: of a stack one matrix, and in C on a CPU a few rows of one."""
     shapes = [facts.shape[-2:] for m in model.modules() if isinstance(m, Holder) for facts in m.facts.values()]
-    return max(map(math.prod, shapes), default=0) * setting.dtype.itemsize
+    largest = max(map(math.prod, shapes), default=0)
+    if setting.kind == "cpu" and nf4_kernels.chosen("cpu", setting.dtype) == "c":
+        largest = min(largest, nf4_kernels.PIECE * torch.get_num_threads())
+    return largest * setting.dtype.itemsize
 
 
 def _eight_bits(parameter: Tensor) -> float:

@@ -46,6 +46,8 @@ class Anatomy:
     sublayers: tuple[Sublayer, ...]
     tables: tuple[str, ...] = ()
     """The embeddings that token ids are looked up in."""
+    read_from_outside: frozenset[str] = frozenset()
+    """The modules whose weight is multiplied by code of another module, which never calls them (Mamba's `dt_proj`)."""
 
     @functools.cached_property
     def full(self) -> set[str]:
@@ -94,6 +96,19 @@ def read(model: nn.Module, example: Mapping[str, Tensor] | None = None) -> Anato
     if model not in _CACHE or example is not None:
         _CACHE[model] = analyse(_trace(model, example), repeated(model), checkpointed(model))
     return _CACHE[model]
+
+
+def adopt(model: nn.Module, anatomy: Anatomy) -> None:
+    """Take the anatomy of another model of the same config for this one's, which saves a trace."""
+    _CACHE[model] = anatomy
+
+
+def read_from_outside(model: nn.Module) -> frozenset[str]:
+    """Those of the model's anatomy; none where it cannot be read."""
+    try:
+        return read(model).read_from_outside
+    except UnreadableModel:
+        return frozenset()
 
 
 def layers(model: nn.Module, paths: Iterable[str]) -> dict[str, int]:
@@ -211,7 +226,9 @@ def analyse(graph: Graph, blocks: list[str], whole: list[str]) -> Anatomy:
             alone = Ends(blocks=residuals.around(core.module, blocks))
             found.append(_sublayer(roles.attention(graph, core, (), None), alone))
     unique = {(one.kind, one.ends.output, str(sorted(one.roles.items(), key=str))): one for one in reversed(found)}
-    return Anatomy(tuple(reversed(unique.values())), _tables(graph))
+    multiplied = {(path.rpartition(".")[0], n.module) for n in graph.nodes if n.is_weight for path in n.parameters}
+    outside = frozenset(owner for owner, module in multiplied if owner != module)
+    return Anatomy(tuple(reversed(unique.values())), _tables(graph), outside)
 
 
 def _sublayer(one: Roles, where: Ends) -> Sublayer:

@@ -25,7 +25,7 @@ from veneer.train.progress import History
 from veneer.train.reference import Reference
 
 if TYPE_CHECKING:
-    from veneer.train.run import Result
+    from veneer.train.attempt import Result
 
 __all__ = [
     "AdapterCallback",

@@ -66,6 +66,8 @@ class Training(Section):
     learning_rate: the peak, with AdamW; the method's own where none is named.
     head_learning_rate: the peak for a head that the model's files do not have, which is trained whole; learning_rate
         where none is named.
+    optimizer: AdamW by a name that veneer.optimizer knows; "flat" and "paged" give the same weights, "paged" with its
+        states on disk, beside the run, or in the host's memory; "adamw-8bit", "paged-bitsandbytes" are bitsandbytes'.
     dpo_beta: of preferences, how far the model may go from its base: the β of DPO, 0.1 where none is named.
     schedule: what follows the warm-up. warmup: the share of all steps in which the rate rises from zero.
     batch_size: examples of one optimizer step.
@@ -92,6 +94,7 @@ class Training(Section):
     steps: Count | None = None
     learning_rate: Positive | None = None
     head_learning_rate: Positive | None = None
+    optimizer: Literal["adamw", "flat", "paged", "paged-bitsandbytes", "adamw-8bit"] = "adamw"
     dpo_beta: Positive | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05

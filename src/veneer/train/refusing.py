@@ -6,6 +6,7 @@ from pathlib import Path
 
 from veneer.errors import RecipeError, RunError
 from veneer.train import checkpoint, compiling, trackers
+from veneer.train.machine import device
 from veneer.train.metrics import WRITTEN
 from veneer.train.processes import processes
 from veneer.train.recipe import Recipe
@@ -62,6 +63,13 @@ def _idle(recipe: Recipe, task: Task) -> list[str]:
         wrong.append(
             "training.loss: chunked calls the head apart from its forward, and FSDP does not know; leave it out."
         )
+    if training.parallel == "fsdp" and training.optimizer != "adamw":
+        wrong.append(
+            f"training.optimizer: {training.optimizer} keeps states of whole parameters, and FSDP parts them; "
+            "take adamw, or ddp."
+        )
+    if training.optimizer == "paged-bitsandbytes" and device().type == "cpu":
+        wrong.append("training.optimizer: paged-bitsandbytes pages nothing on a CPU; take paged, which pages all.")
     if training.parallel == "fsdp" and training.compile:
         wrong.append("training.compile: FSDP gathers each block's weights between graphs; take ddp, or leave it out.")
     if training.cache_frozen and number > 1:

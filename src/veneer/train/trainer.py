@@ -18,7 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from veneer import sharding
 from veneer.errors import Diverged
 from veneer.seams import transformers
-from veneer.store import packed
+from veneer.store import write_tensors
 from veneer.train import checkpoint
 from veneer.train.compiling import CompiledBlocks
 from veneer.train.frozen import FrozenBlocks
@@ -180,7 +180,7 @@ class RecipeTrainer(Trainer):
         frozen = set(model._keys_to_ignore_on_save)
         kept = {key: sharding.whole(tensor.detach()) for key, tensor in state.items() if key not in frozen}
         if self.args.should_save:
-            (Path(output_dir or self.folder) / WEIGHTS).write_bytes(packed(kept))
+            write_tensors(kept, Path(output_dir or self.folder) / WEIGHTS)
 
 
 def _beside(parameter: Tensor, kept: Tensor) -> Tensor:

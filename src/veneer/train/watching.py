@@ -8,15 +8,17 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from veneer import Adapter, files
+from veneer import Adapter
 from veneer.errors import Diverged, RunError
-from veneer.store import packed
+from veneer.samples import whole
+from veneer.store import write_tensors
 from veneer.train.processes import largest, processes
 
 WINDOW, TIMES, BEYOND = 20, 10.0, 10.0
@@ -73,7 +75,7 @@ class Best(TrainerCallback):
             if self.file is not None:
                 tensors = self.adapter.state_dict()
                 if state.is_world_process_zero:
-                    files.write(self.file.parent, {self.file.name: packed(tensors)})
+                    whole.replace(self.file, partial(write_tensors, tensors))
         elif self.lost(state):
             control.should_training_stop = True
 
