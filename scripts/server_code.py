@@ -1,5 +1,7 @@
-"""What the scripts for vLLM and SGLang share: imports of their code, where what only their kernels and their front need is
-not installed, and comparing what stands in their buffers."""
+"""What the scripts for vLLM and SGLang share: importing their code, and comparing what stands in their buffers.
+
+What only their kernels and their front need, and is not installed, is stood in for.
+"""
 
 from __future__ import annotations
 
