@@ -120,8 +120,10 @@ def main() -> None:
             heard_of = answer["answers"][case["folder"]]
             changed = bool(load_file(Path(case["folder"]) / "changes.safetensors")) or server in ("peft", "llama.cpp")
             ours, theirs = said(found[case["folder"]]), heard(heard_of, changed)
-            if server != "vllm" and ours == "setting":
-                ours = "taken"  # at the start, which gives it the setting
+            if server == "llama.cpp" and ours == "setting":  # of the base: a tensor for embedding and head each
+                ours = "refused" if "too" in case["name"] else "taken"
+            if server == "sglang" and ours == "setting":
+                ours = "taken"  # from the start, which sets it
             reasons = [re.sub(r"\s+|\|", " ", one["why"].replace(str(work), ""))[:110] for one in heard_of]
             why = " / ".join(dict.fromkeys(reasons))
             equal = "not compared" if "not compared" in theirs else "yes" if ours == theirs else "**no**"

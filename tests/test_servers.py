@@ -67,6 +67,7 @@ OTHER_BIAS = {f"{LAYER}.self_attn.o_proj.bias": torch.zeros(2)}
         ({}, mlp("gate", "down"), ("", "", "")),
         ({}, mlp("up", "down"), ("", "refused", "")),
         ({}, QV | EMBEDDING, ("", "", "setting")),
+        ({}, QV | factors("base_model.model.lm_head"), ("", "", "setting")),
         ({"target_parameters": ["experts.gate_up_proj"]}, QV | UP | DOWN, ("setting", "refused", "refused")),
         ({"target_parameters": ["experts.down_proj"]}, QV | DOWN, ("refused", "refused", "refused")),
     ],

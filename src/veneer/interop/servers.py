@@ -86,10 +86,9 @@ def _lora_only(
         yield from _scales(config, server, name)
     if any(tensor.dim() != 2 for key, tensor in tensors.items() if _FACTOR.search(key)):
         yield Finding("refused", f"It adapts convolutions, which {name} has no LoRA for.", "--to merged.")
-    if server == "llama.cpp" and any("lora_embedding" in key for key in tensors):
-        yield Finding(
-            "setting", "It adapts the embedding.", "on a base whose head is its embedding llama.cpp ends: leave it out."
-        )
+    if server == "llama.cpp" and any(re.search(r"lora_embedding|\.lm_head\.lora_", key) for key in tensors):
+        what = "It adapts the embedding or the head, and llama.cpp stops where they are one tensor."
+        yield Finding("setting", what, "leave them out, unless the base has a tensor for each.")
     if config.get("target_parameters"):
         yield _experts(tensors, server, name)
     rank = max([int(config.get("r") or 0), *(config.get("rank_pattern") or {}).values()])
