@@ -6,7 +6,8 @@ LoRA of rank 16 in float32 on all linears of a random model in bfloat16, every b
 QLoRA is the same on NF4 in blocks of 64 with double quantization. PEFT runs as its users run it: transformers' own
 checkpointing, `prepare_model_for_kbit_training`, bitsandbytes' `Linear4bit`. Each run is a process of its own, in
 turns; the first steps warm up. Memory is what the allocator held at most while training, the model's building left out.
-Prints losses (the same numbers on both sides), tokens a second, GiB and their ratios. Without a GPU it takes a tiny
+Prints losses (the same numbers on both sides), tokens a second, GiB and their ratios, and first what was chosen of
+Veneer's kernels for a low-rank pair. Without a GPU it takes a tiny
 model, which shows that the script runs and nothing else: the memory is then that of the process.
 """
 
@@ -30,6 +31,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
+from veneer.ops import kernels
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -150,7 +152,9 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     if options.one:
-        print(json.dumps(measure(*options.one, options.steps, options.batch, options.sequence)))
+        found = measure(*options.one, options.steps, options.batch, options.sequence)
+        print(*kernels.choices(), sep="\n", file=sys.stderr)
+        print(json.dumps(found))
         return
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     sizes = [f"--{name}={vars(options)[name]}" for name in ("steps", "batch", "sequence")]

@@ -1,12 +1,13 @@
 """What do LoRA and DoRA keep for backward, and what does a step take? Veneer beside peft and the frozen model.
 
-    .venv/bin/python bench/lora.py [--rounds 5] [--layers 1] [--dtype bfloat16] [--all]
+    .venv/bin/python bench/lora.py [--rounds 5] [--layers 1] [--dtype bfloat16] [--all] [--device cuda]
 
 A Llama-like model: hidden 576, vocabulary 8,192, batch 4 x 256, rank 8 on all seven linears, float32 adapters. Bytes
 are counted by unique storage, the model's own left out, on 12 layers whose operations are those of fake tensors, which
 keep as much and compute nothing. Steps run by turns in one process, forward and backward without an optimizer, on
 `layers` layers, in seconds of the processor, which other programs touch less than those of the clock; `--all` times
-the other methods too. The frozen model's backward goes to its input and to nothing else: the bound.
+the other methods too. `--device cuda` takes the times on a GPU, by the clock, and says which kernels were chosen. The
+frozen model's backward goes to its input and to nothing else: the bound.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import veneer
+from veneer.ops import kernels
 from veneer.ops.dropout import drawn
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,15 +54,28 @@ def model(layers: int, dtype: torch.dtype) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).train()
 
 
+def now(device: str) -> float:
+    """Seconds of the processor, or by the clock when a GPU is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Frozen:
     """The bound: backward to the input embeddings alone."""
 
     def __init__(self, layers: int, dtype: torch.dtype) -> None:
         self.model = model(layers, dtype)
+        self.ids = IDS
+
+    def to(self, device: str) -> Frozen:
+        self.model, self.ids = self.model.to(device), self.ids.to(device)
+        return self
 
     def loss(self) -> torch.Tensor:
-        embeddings = self.model.get_input_embeddings()(IDS).detach().requires_grad_()
-        return self.model(inputs_embeds=embeddings, labels=IDS).loss
+        embeddings = self.model.get_input_embeddings()(self.ids).detach().requires_grad_()
+        return self.model(inputs_embeds=embeddings, labels=self.ids).loss
 
 
 class Adapted(Frozen):
@@ -74,7 +89,7 @@ class Adapted(Frozen):
             self.model = peft.get_peft_model(self.model, method)
 
     def loss(self) -> torch.Tensor:
-        return self.model(input_ids=IDS, labels=IDS).loss
+        return self.model(input_ids=self.ids, labels=self.ids).loss
 
 
 def kept(run: Frozen) -> int:
@@ -98,9 +113,10 @@ def kept(run: Frozen) -> int:
 
 
 def step(run: Frozen) -> float:
-    start = time.process_time()
+    device = run.ids.device.type
+    start = now(device)
     run.loss().backward()
-    seconds = time.process_time() - start
+    seconds = now(device) - start
     run.model.zero_grad()
     return seconds
 
@@ -116,12 +132,13 @@ def memory(dtype: torch.dtype) -> Table:
     return table
 
 
-def times(layers: int, dtype: torch.dtype, rounds: int, every: bool) -> Table:
+def times(layers: int, dtype: torch.dtype, rounds: int, every: bool, device: str) -> Table:
     names = list(METHODS) if every else ["LoRA", "LoRA, dropout 0.05", "DoRA"]
     runs = {"frozen": Frozen(layers, dtype)}
     for name in names:
         ours, theirs = METHODS[name]
         runs |= {name: Adapted(ours, layers, dtype), f"peft {name}": Adapted(theirs, layers, dtype)}
+    runs = {name: run.to(device) for name, run in runs.items()}
     found = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
@@ -141,17 +158,17 @@ def times(layers: int, dtype: torch.dtype, rounds: int, every: bool) -> Table:
 
 
 @torch.no_grad()
-def masks(dtype: torch.dtype) -> Table:
+def masks(dtype: torch.dtype, device: str) -> Table:
     """A forward of dropout; of one that keeps no mask, backward takes the same again."""
     table = Table("dropout of 1,024 x 1,536", "veneer, ms", "torch, ms", "a copy, ms", "veneer / torch")
-    x, module = torch.randn(1024, 1536).to(dtype), torch.nn.Dropout(0.05)
+    x, module = torch.randn(1024, 1536).to(device, dtype), torch.nn.Dropout(0.05)
     runs = {"veneer": lambda: drawn(module, x)(x), "torch": lambda: module(x), "copy": x.clone}
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(30):
         for name, run in runs.items():
-            start = time.process_time()
+            start = now(device)
             run()
-            best[name] = min(best[name], time.process_time() - start)
+            best[name] = min(best[name], now(device) - start)
     table.add_row(str(dtype), *(f"{each * 1e3:.2f}" for each in best.values()), f"{best['veneer'] / best['torch']:.3f}")
     return table
 
@@ -162,14 +179,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     dtype = {"bfloat16": torch.bfloat16, "float32": torch.float32}[options.dtype]
     console, machine = Console(width=140), platform.processor() or platform.machine()
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
     console.print(f"torch {torch.__version__}, peft {peft.__version__}, {torch.get_num_threads()} threads, {machine}")
     console.print(memory(dtype))
-    console.print(masks(dtype))
-    console.print(times(options.layers, dtype, options.rounds, options.all))
+    console.print(masks(dtype, options.device))
+    console.print(times(options.layers, dtype, options.rounds, options.all, options.device))
+    for choice in kernels.choices():
+        console.print(choice)
 
 
 if __name__ == "__main__":

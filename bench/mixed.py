@@ -1,13 +1,13 @@
 """What does a batch of many adapters cost beside one, and how long does it take to swap one of a thousand in?
 
-    .venv/bin/python bench/mixed.py [--rounds 7] [--adapters 32] [--rows 64]
+    .venv/bin/python bench/mixed.py [--rounds 7] [--adapters 32] [--rows 64] [--device cuda]
 
 A Llama of random weights, its seven linears a block under LoRA of rank 8. Veneer's `rows` and PEFT's `adapter_names`
 run in one process, turn by turn, on the same base: no adapter, one for all rows, then `rows` rows over `adapters`
 adapters, at one and at sixteen tokens a row. Each runs once before it is timed, as a step of a generation follows
 another. PEFT's time over that of the base alone is what nothing could exceed. Times are of the processor, with one
 thread, which what else runs on the machine disturbs less than the clock. A ratio is that of a round; printed are the
-median and the middle half of them.
+median and the middle half of them. `--device cuda` runs on a GPU, by the clock, and says which kernels were chosen.
 
 Then adapters of 5 MB, in the page cache, are swapped one after the other into one that is attached: 1,000 folders,
 whose files are links to those of 20 that differ. The first swap, which checks more, is not counted. Figures of a named
@@ -32,6 +32,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
+from veneer.ops import kernels
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DISTINCT = 20
@@ -61,10 +62,17 @@ def with_peft(width: int, layers: int, adapters: int):
     return model.eval()
 
 
-def clock(run) -> float:
-    start = time.process_time()
+def clock(run, device: str = "cpu") -> float:
+    """Seconds of the processor, or by the clock until a GPU is done."""
+    if device == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     run()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def spread(values: list[float]) -> str:
@@ -73,12 +81,12 @@ def spread(values: list[float]) -> str:
 
 
 def mixed(asked: argparse.Namespace, table: Table) -> None:
-    ours = with_veneer(asked.width, asked.layers, asked.adapters)
-    theirs = with_peft(asked.width, asked.layers, asked.adapters)
+    ours = with_veneer(asked.width, asked.layers, asked.adapters).to(asked.device)
+    theirs = with_peft(asked.width, asked.layers, asked.adapters).to(asked.device)
     theirs.set_adapter("a0")
     rows = [f"a{number % asked.adapters}" for number in range(asked.rows)]
     for tokens in (1, 16):
-        ids = torch.randint(0, 1000, (asked.rows, tokens))
+        ids = torch.randint(0, 1000, (asked.rows, tokens)).to(asked.device)
         cases = {
             "base": lambda ids=ids: ours(input_ids=ids, use_cache=False),
             "one": lambda ids=ids: ours(input_ids=ids, use_cache=False),
@@ -93,7 +101,7 @@ def mixed(asked: argparse.Namespace, table: Table) -> None:
                 names = ("a0",) if name == "one" else ()
                 with veneer.use(ours, *names, **options), torch.no_grad():
                     run()
-                    took = clock(run)
+                    took = clock(run, asked.device)
                 if turn:
                     times[name].append(took)
         ratio = lambda a, b: spread([x / y for x, y in zip(times[a], times[b], strict=True)])  # noqa: B023, E731
@@ -144,6 +152,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--swap-rank", type=int, default=56)
     parser.add_argument("--on-disk", type=int, default=1000)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     asked = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -153,6 +162,8 @@ def main() -> None:
     mixed(asked, table)
     console.print(f"torch {torch.__version__}, peft {peft.__version__}, one thread; {asked}")
     console.print(table)
+    for choice in kernels.choices():
+        console.print(choice)
     swapped(asked, console)
 
 

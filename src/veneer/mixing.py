@@ -4,7 +4,7 @@ Where all that acts after a module only adds s·x·Aᵀ·Bᵀ (`After.pair`), ro
 equal size, and one batched product by the stacked A, [tiles, rank, in], and one by the stacked B, [tiles, out, rank],
 serve them all. Ranks are padded with zeros to the largest. Without gradients the stacks are kept for as long as the mix
 of rows and the adapters' tensors stay. On a CPU a loop over the rows in C takes their place, which reads each adapter's
-A and B where they are.
+A and B where they are; on CUDA so do two launches of Triton, where they are faster (`ops/kernels.py`).
 
 In a graph of `torch.compile` nothing may depend on who is served: every row picks its A and B by an index tensor from
 those of all adapters at the module, so another mix, or other numbers in an adapter, run the same graph.
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.delta import After, Span
-from veneer.ops.lora_cpu import Mixed
+from veneer.ops import kernels, lora_cpu
 
 
 class Mix:
@@ -70,7 +70,7 @@ class Group:
     item: int | str | None
     members: dict[str, list[After]] = field(default_factory=dict)
     tiles: dict[Any, list[_Tiles]] = field(default_factory=dict)
-    direct: dict[int, Mixed | None] = field(default_factory=dict)
+    direct: dict[Any, Any] = field(default_factory=dict)
     copied: bool = False
     """Whether something here holds numbers of its own, made from those of the deltas."""
 
@@ -83,12 +83,25 @@ class Group:
         if torch.compiler.is_compiling():
             return self._by_row(mix, repeats, x, y)
         if not torch.is_grad_enabled():
-            if repeats not in self.direct:
-                self.direct[repeats] = self._direct(mix, repeats)
-            direct = self.direct[repeats]
-            found = None if direct is None else direct.beside(x, y)
+            found = self._at_once(mix, repeats, x, y)
             if found is not None:
                 return found
+        return self._by_tiles(mix, repeats, x, y)
+
+    def _at_once(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor | None:
+        """By what reads each A and B where it lies; None where there is nothing for these."""
+        triton = kernels.wanted("grouped_triton.Mixed", (x, y))
+        key = repeats, triton
+        if key not in self.direct:
+            self.direct[key] = self._direct(mix, repeats, triton)
+        direct = self.direct[key]
+        if not triton or direct is None:
+            return None if direct is None else direct.beside(x, y)
+        tokens = kernels.counted(x.numel() // x.shape[-1])
+        kind = ("mixed", y.device, y.dtype, tokens, x.shape[-1], y.shape[-1], *direct.sizes)
+        return kernels.faster(kind, lambda: direct.beside(x, y), lambda: self._by_tiles(mix, repeats, x, y))
+
+    def _by_tiles(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
         for tiles in self._tiles(mix, repeats, y):
             y = tiles.add(x, y)
         return y
@@ -121,17 +134,24 @@ class Group:
             found.append(_Tiles.of(pairs, served, y.device))
         return found
 
-    def _direct(self, mix: Mix, repeats: int) -> Mixed | None:
+    def _direct(self, mix: Mix, repeats: int, triton: bool) -> Any:
         pairs: list[tuple[Tensor, Tensor, float]] = []
         numbers: dict[str, range] = {}
         for name, deltas in self.members.items():
             found = [pair for pair in (delta.pair() for delta in deltas) if pair is not None]
+            if triton:
+                found = [(A.float().contiguous(), B.float().contiguous(), scale) for A, B, scale in found]
             numbers[name] = range(len(pairs), len(pairs) + len(found))
             pairs += found
         own = set(map(id, self.tensors()))
         self.copied |= any(id(factor) not in own for A, B, _ in pairs for factor in (A, B))
         rows = [[number for name in row for number in numbers.get(name, ())] for row in mix.rows]
-        return Mixed.of(pairs, [row for row in rows for _ in range(repeats)])
+        repeated = [row for row in rows for _ in range(repeats)]
+        if not triton:
+            return lora_cpu.Mixed.of(pairs, repeated)
+        from veneer.ops.grouped_triton import Mixed
+
+        return Mixed(pairs, repeated) if any(rows) else None
 
     def _by_row(self, mix: Mix, repeats: int, x: Tensor, y: Tensor) -> Tensor:
         A, B = _padded([_pair(deltas, y) for deltas in self.members.values()])

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.ops import lora_cpu
+from veneer.ops.kernels import measured
 
 LANES = 1 << 16
 _MASK = 0xFFFFFFFF
@@ -81,6 +82,9 @@ def reference(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     )
 
 
+_elsewhere = measured("lora_triton.drop")(reference)
+
+
 def zeroed(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     """The same by the fastest way there is; the gradient is dropped where x was."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad) or not lora_cpu.fits(x):
@@ -91,7 +95,7 @@ def zeroed(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
 
 @torch.library.custom_op("veneer::zeroed", mutates_args=())
 def _zeroed(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
-    return lora_cpu.drop(x, seed, threshold) if lora_cpu.fits(x) else reference(x, seed, threshold)
+    return lora_cpu.drop(x, seed, threshold) if lora_cpu.fits(x) else _elsewhere(x, seed, threshold)
 
 
 @_zeroed.register_fake

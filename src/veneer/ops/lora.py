@@ -23,8 +23,11 @@ from torch.autograd import Function
 
 from veneer.ops import lora_cpu
 from veneer.ops.dropout import NONE, Dropout
+from veneer.ops.kernels import measured
 
 Gradients = tuple[Tensor | None, ...]
+FEW = 16
+"""Tokens up to which a kernel on a GPU may read A again for each."""
 
 
 def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: Dropout = NONE) -> Tensor:
@@ -33,7 +36,14 @@ def beside(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: Dr
         found = lora_cpu.beside(x, y, A, B, scale)
         if found is not None:
             return found
+        if not x.is_cpu and x.numel() <= FEW * x.shape[-1]:
+            return _few(x, y, A, B, scale)
     return up(down(x, A, y.dtype, dropout), y, B, scale * dropout.scale)
+
+
+@measured("lora_triton.few")
+def _few(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    return up(down(x, A, y.dtype), y, B, scale)
 
 
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, dropout: Dropout = NONE) -> Tensor:
@@ -80,9 +90,22 @@ def _exact(y: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if on else nullcontext()
 
 
+@measured("lora_triton.down")
 def _down(x: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
     with _exact(x):
         return Dropout(seed, threshold)(x).to(dtype) @ A.to(dtype).T
+
+
+@measured("lora_triton.into")
+def _into(dh: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
+    """The gradient of x."""
+    return Dropout(seed, threshold)((dh @ A.to(dh.dtype)).to(dtype))
+
+
+@measured("lora_triton.across")
+def _across(dh: Tensor, x: Tensor, dtype: torch.dtype, seed: Tensor | None, threshold: int) -> Tensor:
+    """The gradient of A."""
+    return (_rows(dh).T @ _rows(Dropout(seed, threshold)(x).to(dh.dtype))).to(dtype)
 
 
 class _Down(Function):
@@ -97,15 +120,15 @@ class _Down(Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> Gradients:
         x, A, seed = ctx.saved_tensors
-        dropout = Dropout(seed, ctx.threshold)
         dx = dA = None
         if ctx.needs_input_grad[0]:
-            dx = dropout((dh @ A.to(dh.dtype)).to(ctx.dtype))
+            dx = _into(dh, A, ctx.dtype, seed, ctx.threshold)
         if ctx.needs_input_grad[1]:
-            dA = (_rows(dh).T @ _rows(dropout(x).to(dh.dtype))).to(A.dtype)
+            dA = _across(dh, x, A.dtype, seed, ctx.threshold)
         return dx, dA, None, None, None
 
 
+@measured("lora_triton.up")
 def _up(h: Tensor, y: Tensor, B: Tensor, scale: float) -> Tensor:
     with _exact(y):
         flat = torch.addmm(_rows(y), _rows(h), B.to(y.dtype).T, alpha=scale)

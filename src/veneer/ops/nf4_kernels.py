@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from torch import Tensor
 
 from veneer.errors import PlaceError
 from veneer.ops import grouped, nf4, nf4_cpu
+from veneer.ops.kernels import FAST, no_triton
 from veneer.ops.nf4 import Packed
 
-FAST = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes of all kernels; float64 and integers are the reference's."""
 PIECE = 1 << 21
 """How many values a thread makes dense at a time for a product: few enough to stay in a cache until they are used."""
 
@@ -66,16 +64,9 @@ def _triton(packed: Packed, dtype: torch.dtype) -> Tensor:
     return nf4_triton.dequantize(packed, dtype)
 
 
-@functools.cache
-def _no_triton(device_type: str) -> str | None:
-    if device_type != "cuda":
-        return "it is for CUDA"
-    return None if find_spec("triton") else "Triton is not installed"
-
-
 KERNELS = {
     "c": Kernel(nf4_cpu.dequantize, nf4_cpu.missing, nf4_cpu.tile),
-    "triton": Kernel(_triton, _no_triton),
+    "triton": Kernel(_triton, no_triton),
     "table": Kernel(_table),
     "reference": Kernel(nf4.dequantize),
 }

@@ -57,7 +57,7 @@ class Live(TorchDispatchMode):
             narrow = func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **(kwargs or {}))
             found = torch.empty_like(narrow, dtype=args[0].dtype)  # only meta tensors insist on 16 bits
         else:
-            found = func(*args, **(kwargs or {}))
+            found = _answer(func, args, kwargs or {})
         for leaf in (found,) if isinstance(found, Tensor) else tree_leaves(found):
             if isinstance(leaf, Tensor) and leaf.device.type == "meta":
                 self._see(leaf)
@@ -94,6 +94,33 @@ class Live(TorchDispatchMode):
         if self._watching:
             self.now -= self._sizes.pop(number)
             self.events.append((number, 0))
+
+
+_ANSWERS: dict[Any, tuple[Any, ...] | None] = {}
+
+
+def _answer(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation returns. The shape of an elementwise one is remembered: torch finds it in Python, slowly."""
+    if torch.Tag.pointwise not in func.tags or func._schema.is_mutable:
+        return func(*args, **kwargs)
+    try:
+        key = (func, *map(_kind, args), *((name, _kind(value)) for name, value in kwargs.items()))
+        known = _ANSWERS.get(key)
+    except TypeError:  # a list among them
+        return func(*args, **kwargs)
+    if known is not None:
+        return torch.empty_strided(known[0], known[1], dtype=known[2], device="meta")
+    found = func(*args, **kwargs)
+    if isinstance(found, Tensor) and found.is_meta and not any(found is arg for arg in args):
+        _ANSWERS[key] = found.shape, found.stride(), found.dtype
+    return found
+
+
+def _kind(value: Any) -> Any:
+    """All of an argument that an answer's shape and dtype can depend on."""
+    return (
+        (value.shape, value.stride(), value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
+    )
 
 
 def reserved(events: Iterable[tuple[int, int]], allocator: Allocator = CUDA_ALLOCATOR) -> int:

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerState, set_seed
 import veneer
 from veneer import sharding, site
 from veneer.errors import RecipeError, Stopped
+from veneer.ops import kernels
 from veneer.samples import whole
 from veneer.seams.quiet import quiet
 from veneer.train import checkpoint, method_sections, models, tasks, trackers
@@ -236,6 +237,7 @@ class Run:
             "step_seconds": history.step_seconds,
             "seconds": round(time.perf_counter() - self.started, 2),
             "compiled": None if trainer.compiled is None else trainer.compiled.as_dict(),
+            "kernels": [str(choice) for choice in kernels.choices()],
             "peak_bytes": peak_bytes(device()),
             "data": self.prepared.report.as_dict(),
             "log": state.log_history,
