@@ -92,8 +92,7 @@ def test_what_was_trained_whole_is_left_out(tmp_path):
     [
         ("dora", "vllm", "refused", "no DoRA"),
         ("dora", "sglang", "refused", "no DoRA"),
-        ("mixed", "vllm", "wrong", "different alphas"),
-        ("mixed", "sglang", "refused", "different alphas"),
+        ("mixed", "sglang", "refused", "different ranks"),
         ("mixed", "llama.cpp", "wrong", "different alphas"),
         ("rslora", "sglang", "wrong", "sqrt"),
         ("rslora", "llama.cpp", "wrong", "sqrt"),
@@ -104,6 +103,12 @@ def test_a_server_would_not_take_it(tmp_path, method, server, kind, words):
     _, adapter = made(METHODS[method])
     found = [one for one in veneer.refusals(veneer.save(adapter, tmp_path), server) if one.kind != "setting"]
     assert [(one.kind, words in one.what) for one in found] == [(kind, True)]
+
+
+@pytest.mark.parametrize("method", ["mixed", "rslora", "pissa"])
+def test_vllm_knows_the_scale_and_rank_of_every_module(tmp_path, method):
+    _, adapter = made(METHODS[method])
+    assert veneer.refusals(veneer.save(adapter, tmp_path), "vllm") == []
 
 
 def test_a_rank_needs_a_setting_or_is_too_large(tmp_path):

@@ -48,6 +48,17 @@ def test_what_llama_cpp_would_not_take_is_refused(tmp_path, method, options, wor
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("where", ["embedding", "head"])
+def test_an_embedding_that_is_the_head_too_ends_llama_cpp_and_is_refused(tmp_path, where):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = make.SIZES | {"num_attention_heads": 4, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes))
+    adapter = veneer.attach(model, veneer.LoRA(rank=2), where)
+    with pytest.raises(errors.FileError, match="one tensor for this base's embedding and head"):
+        veneer.export(model, adapter, tmp_path / "out", to="gguf-lora")
+
+
 def test_one_scale_for_all_mends_rslora(tmp_path):
     model, adapter = make.adapted()
     veneer.detach(model, adapter)

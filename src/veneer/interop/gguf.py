@@ -36,6 +36,8 @@ FAMILIES = {
     "qwen3": Family("qwen3"),
 }
 
+_SHARED = ("token_embd.weight", "output.weight")
+
 
 def write(file: Path, base: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write PEFT's tensors and config of a LoRA as a GGUF adapter in float32.
@@ -49,7 +51,7 @@ def write(file: Path, base: Mapping[str, Any], tensors: Mapping[str, Tensor], co
     kind = str(base.get("model_type"))
     if kind not in FAMILIES:
         raise FileError(f"llama.cpp's names are known here for {listed(FAMILIES, 9)}, not for {kind}.")
-    if found := findings(config, tensors, "llama.cpp"):
+    if found := [one for one in findings(config, tensors, "llama.cpp") if one.kind != "setting"]:
         raise FileError(f"{found[0].what} Way out: {found[0].way_out}")
     family = FAMILIES[kind]
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
@@ -63,6 +65,11 @@ def write(file: Path, base: Mapping[str, Any], tensors: Mapping[str, Tensor], co
         name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
         if name is None:
             raise FileError(f"llama.cpp has no tensor for {module}. Leave it out of the adapter, or use --to merged.")
+        if name in _SHARED and base.get("tie_word_embeddings"):
+            raise FileError(
+                f"llama.cpp has one tensor for this base's embedding and head, and ends with an adapter on either. "
+                f"Leave {module} out of the adapter."
+            )
         if factor == "embedding_A":  # whose columns are looked up by token, and lie there as rows
             tensor = tensor.T
         factor = factor.removeprefix("embedding_")
