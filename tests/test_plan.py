@@ -132,6 +132,12 @@ def test_what_fits_is_found_and_one_more_does_not():
     assert fitting.largest_batch(made, 1) == 0
 
 
+def test_a_forward_of_four_examples_has_four_times_the_operations_of_one():
+    one, four = (plan(config("llama"), None, batch_size=n, sequence_length=16, device="rtx-4090") for n in (1, 4))
+    assert four.flops == 4 * one.flops
+    assert four.step_seconds.expected < 4 * one.step_seconds.expected
+
+
 def test_remedies_are_lower_than_what_they_mend():
     made = veneer.plan("llama3.2:1b", veneer.LoRA(rank=8), batch_size=4)
     found = fitting.remedies(made)

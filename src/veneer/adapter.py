@@ -84,7 +84,7 @@ def _below(model: nn.Module, module: str) -> str:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Python's collector of cycles stands still: of thousands of new modules none is garbage, and it would look at all
     objects of the process again and again, so that each module would take the longer the more there are."""
     ran = gc.isenabled()
@@ -96,7 +96,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@uncollected()
 def build(
     method: Method, found: Sequence[Place], where: str, dtype: torch.dtype | None = None, filled: bool = False
 ) -> list[Claim]:
@@ -190,7 +190,7 @@ def _refuse_sharded(model: nn.Module) -> None:
             )
 
 
-@_uncollected()
+@uncollected()
 def install(model: nn.Module, name: str, claims: Sequence[Claim], also_train: Sequence[str] = ()) -> Adapter:
     """Stand checked claims on the model under a name, freeze the rest, and make the adapter the active one."""
     state = state_of(model)

@@ -285,7 +285,7 @@ def made(config: Any, setting: Setting, optimizer: str, device: Device | None, c
     phases = _phases(counted, setting, optimizer)
     memory = {part: _most(phases[name][part] for name in phases) for part in PARTS}
     sums = [sum(parts.values(), Interval.of(0)) for parts in phases.values()]
-    flops = counted.get("flops", counted["base flops"] * setting.batch)
+    flops = counted.get("flops", counted["base flops"])
     before = Overhead(0.0, 0.0)
     if "adapted flops" in counted:
         more = counted["adapted flops"] - counted["base flops"]
@@ -378,8 +378,8 @@ def _seconds(counted: Counts, setting: Setting, device: Device | None) -> Interv
     rate = device.rate(str(setting.dtype).removeprefix("torch."))
     if rate is None:
         return None
-    prefix, times = ("base ", setting.batch) if setting.method is None else ("", 1)
-    flops, moved, calls = (counted[f"{prefix}{key}"] * times for key in ("flops", "moved", "calls"))
+    prefix = "base " if setting.method is None else ""
+    flops, moved, calls = (counted[f"{prefix}{key}"] for key in ("flops", "moved", "calls"))
     known: Constants = constants(device)
 
     def at(products: float, bandwidth: float, call: float) -> float:

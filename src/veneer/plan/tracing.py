@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from veneer.adapter import attach
+from veneer.adapter import attach, uncollected
 from veneer.counting import count_parameters
 from veneer.delta import Method
 from veneer.errors import PlanError, UnreadableModel
@@ -65,6 +65,7 @@ class Setting:
     also_train: tuple[str, ...] = ()
 
 
+@uncollected()
 def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
     """(counts at full depth, what one more period of blocks adds), from builds of each stack at two depths."""
     stacks = depths(config)
@@ -87,7 +88,7 @@ def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
 
 _ANATOMIES: dict[str, anatomy.Anatomy] = {}
 _KNOWN: dict[str, Counts] = {}
-_BASES: dict[tuple[str, Setting], Counts] = {}
+_FORWARDS: dict[str, Counts] = {}
 
 
 def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Counts:
@@ -138,18 +139,16 @@ def _count(config: Any, setting: Setting) -> Counts:
         "largest dense": _largest(model, setting),
     }
     model.eval()
+    # What an adapter adds to a forward is a share of the base's, and the same for one example as for many.
+    one = replace(setting, checkpointing=False, batch=setting.batch if setting.method is None else 1)
     with _attention(setting):
-        bare = replace(setting, method=None, where=None, checkpointing=False, also_train=())
-        key = (config.to_json_string(use_diff=False), bare)
-        if key not in _BASES:
-            _BASES[key] = {f"base {name}": value for name, value in _forward(model, setting).items()}
-        found |= _BASES[key]
+        found |= _forward("base", model, replace(one, method=None, where=None, also_train=()))
         if setting.method is None:
             return found | {"trainable": 0, "adapter": 0}
         adapter = train_by(model, setting)
         if adapter is not None:
             model.eval()
-            found |= {f"adapted {key}": value for key, value in _forward(model, setting).items()}
+            found |= _forward("adapted", model, one)
             found["left"] = sum(not claim.delta.mergeable for claim in adapter.claims)
             found["sites"] = len(adapter.claims)
             model.train()
@@ -264,16 +263,20 @@ def _chunked(model: Any, head: nn.Module, batch: Mapping[str, Tensor], options: 
     return summed_cross_entropy(hidden, labels, head, tokens) / labels.numel()
 
 
-def _forward(model: Any, setting: Setting) -> Counts:
-    """Of one forward for one example, without gradients."""
-    batch = inputs(model.config, setting)
-    if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = batch["input_ids"]
-    with _Counting(setting.kind) as live, torch.no_grad():
-        live.hold(held(model))
-        before = live.now
-        model(**batch, **transformers.without_cache(model))
-    return {"flops": live.flops, "calls": live.calls, "moved": live.moved, "activations": live.peak - before}
+def _forward(name: str, model: Any, setting: Setting) -> Counts:
+    """Of one forward of the batch without gradients, each count with `name` in front."""
+    key = f"{name} {model.config.to_json_string(use_diff=False)} {setting}"
+    if key not in _FORWARDS:
+        batch = inputs(model.config, setting)
+        if model.config.is_encoder_decoder:
+            batch["decoder_input_ids"] = batch["input_ids"]
+        with _Counting(setting.kind) as live, torch.no_grad():
+            live.hold(held(model))
+            before = live.now
+            model(**batch, **transformers.without_cache(model))
+        counts = {"flops": live.flops, "calls": live.calls, "moved": live.moved, "activations": live.peak - before}
+        _FORWARDS[key] = {f"{name} {count}": value for count, value in counts.items()}
+    return _FORWARDS[key]
 
 
 class Saved:
