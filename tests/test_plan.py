@@ -11,6 +11,7 @@ from pairwise import cover
 
 import veneer
 from veneer.errors import PlanError
+from veneer.ops.loss import chunk_length
 from veneer.plan import calibrating, chart, constants, devices, fitting, lines, tracing
 from veneer.plan.devices import GIB
 from veneer.plan.plan import Interval, plan
@@ -130,6 +131,18 @@ def test_what_fits_is_found_and_one_more_does_not():
     assert made.changed(batch_size=most).peak.expected <= 2 * GIB
     assert made.changed(batch_size=most + most // 20).peak.expected > 2 * GIB
     assert fitting.largest_batch(made, 1) == 0
+
+
+def test_a_loss_in_chunks_has_the_logits_of_one_chunk():
+    wide = config("llama")
+    wide.vocab_size = 4096
+    whole, chunked = (
+        plan(wide, veneer.LoRA(rank=2), batch_size=64, sequence_length=128, dtype=torch.float32, loss=how, device="2GB")
+        for how in ("whole", "chunked")
+    )
+    logits = chunk_length(4096) * 4096 * 4
+    assert 2 * logits <= chunked.phases["loss"]["logits"].expected <= 5 * logits
+    assert chunked.peak.expected < whole.peak.expected
 
 
 def test_a_forward_of_four_examples_has_four_times_the_operations_of_one():

@@ -317,7 +317,9 @@ def _step(model: Any, setting: Setting, trained: list[Tensor]) -> Counts:
             return sum(parameter.grad.nbytes for parameter in trained if parameter.grad is not None)
 
         def mark(name: str) -> None:
-            """A phase ends, and the next one begins."""
+            """A phase ends, and the next one begins; chunks of a loss are one."""
+            if name == "loss" == marks[-1][0]:
+                return
             peaks.append((marks[-1][0], live.peak - before, gradients()))
             live.peak = live.now
             marks.append((name, live.now - before))
