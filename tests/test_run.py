@@ -526,6 +526,17 @@ def test_trackers_are_those_of_transformers():
     assert {*get_args(trackers.Tracker), "kubeflow"} == integration_utils.INTEGRATION_TO_CALLBACK.keys()
 
 
+def test_a_base_in_nf4_is_packed_as_it_is_read(recipe, monkeypatch):
+    name = recipes.load(recipe).model.name
+    dense, _ = models.base(recipes.Model(name=name), "causal", None)
+    expected = veneer.quantize(dense, veneer.NF4()).state_dict()
+    monkeypatch.setattr(veneer, "quantize", None)
+    found, fresh = models.base(recipes.Model(name=name, quantization="nf4"), "causal", None)
+    found = found.state_dict()
+    assert (found.keys(), fresh) == (expected.keys(), [])
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("quantization", ["bitsandbytes-4bit", "bitsandbytes-8bit"])
 def test_bitsandbytes_bases_train(recipe, tmp_path, quantization):
     result = go(recipe, tmp_path / "out", f"model.quantization={quantization}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -264,11 +264,28 @@ def load(
         _refuse_lost(source, model, report["missing_keys"], stored.get("llm_int8_skip_modules") or ())
         if isinstance(dtype, torch.dtype):
             model.to(dtype)
-    # Trainer refuses what calls itself quantized and is not PEFT's
+    _take_marks_off(model)
+    return model  # type: ignore[no-any-return]
+
+
+def pack_while_loading(
+    run: Callable[[Any], tuple[Any, Any]], paths: Mapping[str, Sequence[str]], packing: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """What `run(quantization_config)` loads by a `from_pretrained`, and its report; `paths`, `packing` as in `load`."""
+    try:
+        with _pages_are_let_go():
+            model, report = run(_Config(paths=paths, packing=packing))
+    except _Stop as stop:
+        raise stop.error from None
+    _take_marks_off(model)
+    return model, report
+
+
+def _take_marks_off(model: Any) -> None:
+    """A Trainer refuses what calls itself quantized and is not PEFT's."""
     del model.hf_quantizer, model.is_quantized, model.quantization_method
     model._weight_conversions = [c for c in model._weight_conversions if not _reads(c)]
     note_quantized(model)
-    return model  # type: ignore[no-any-return]
 
 
 def save(model: Any, folder: Path, source: str | None = None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 
 import veneer
 from veneer.errors import LossError, RecipeError
+from veneer.quantizing import by_owner, chosen
 from veneer.samples import named
+from veneer.seams import loading
 from veneer.seams.loss import ChunkedLoss
 from veneer.seams.quiet import quiet
 from veneer.train.recipe import Model
@@ -27,11 +31,21 @@ def base(model: Model, task: str, labels: list[str] | None) -> tuple[Any, list[s
     options: dict[str, Any] = {"dtype": model.dtype, **TASKS[task].options(labels)}
     if model.quantization in ("bitsandbytes-4bit", "bitsandbytes-8bit"):
         options |= {"quantization_config": _bitsandbytes(model.quantization), "device_map": {"": str(device)}}
-    found, report = _loaded(TASKS[task].loader, model, output_loading_info=True, **options)
+    options["output_loading_info"] = True
+    load = partial(_loaded, TASKS[task].loader, model, **options)
+    found, report = _packed(model, TASKS[task].loader, load) if model.quantization == "nf4" else load()
     fresh = sorted({key.rpartition(".")[0] for key in (*report["missing_keys"], *_misfits(report))})
-    if model.quantization == "nf4":
-        veneer.quantize(found, veneer.NF4())
     return found if "device_map" in options else found.to(device), fresh
+
+
+def _packed(model: Model, loader: Any, load: Callable[..., Any]) -> tuple[Any, Any]:
+    """The base in NF4, each weight packed as it is read, so that the dense model is never in memory."""
+    method, where = veneer.NF4(), named.located(model.name)
+    config = loading.config_of(str(where), model.revision)
+    if loading.quantization(config) is not None:
+        raise RecipeError(f"model.name {model.name} is stored in few bits already. Leave model.quantization out.")
+    paths = by_owner(chosen(loading.without_weights(config, loader), None, ()))
+    return loading.pack_while_loading(lambda packs: load(quantization_config=packs), paths, vars(method))
 
 
 def _misfits(report: Any) -> list[str]:
