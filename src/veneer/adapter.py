@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from veneer import checkpoints, formats, places, sharding, site
+from veneer.collecting import uncollected
 from veneer.delta import Before, Method, Place, Weight
 from veneer.errors import MethodError, NoSuchPlace, Overlap, PlaceError, closest
 from veneer.handle import STATE, Adapter, Claim, state_of
@@ -81,19 +80,6 @@ def _below(model: nn.Module, module: str) -> str:
         near = closest(module, paths)
         raise NoSuchPlace(f"No module of {type(model).__name__} matches '{module}' in also_train.{near}")
     return rf"re:{pattern}\..*"
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Python's collector of cycles stands still: of thousands of new modules none is garbage, and it would look at all
-    objects of the process again and again, so that each module would take the longer the more there are."""
-    ran = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if ran:
-            gc.enable()
 
 
 @uncollected()

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.text import Text
 
 from veneer.cli.commands import Json, app
+from veneer.collecting import uncollected
 
 
 @app.command()
+@uncollected()
 def choose(
     model: Annotated[str, typer.Argument(help="A folder, a Hub id, or a name: llama:7b, bert:base.")],
     gpu: Annotated[str, typer.Option("--gpu", help="A device (rtx-4090), its memory (24GB), or auto.")] = "auto",

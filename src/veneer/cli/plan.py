@@ -12,10 +12,12 @@ from rich.progress import track
 from rich.table import Table
 
 from veneer.cli.commands import Json, app
+from veneer.collecting import uncollected
 from veneer.errors import PlanError, VeneerError
 
 
 @app.command()
+@uncollected()
 def plan(
     model: Annotated[str | None, typer.Argument(help="A folder, a Hub id, or a name such as llama3.1:8b.")] = None,
     method: Annotated[

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from veneer.adapter import attach, uncollected
+from veneer.adapter import attach
+from veneer.collecting import uncollected
 from veneer.counting import count_parameters
 from veneer.delta import Method
 from veneer.errors import PlanError, UnreadableModel
