@@ -266,9 +266,10 @@ def _pieces(packed: Packed, dtype: torch.dtype, kernel: Kernel, columns: bool, n
     above = number * height
     packed = replace(packed, shape=(torch.Size(packed.shape[:-1]).numel(), width))
     unit, other = (packed.block_size, height) if columns else (1, width)
-    size = max(1, PIECE * torch.get_num_threads() // (unit * other)) * unit
+    count = width if columns else height
+    size = min(count, max(1, PIECE * torch.get_num_threads() // (unit * other)) * unit)
     memory = packed.data.new_empty(size * other, dtype=dtype)  # the same for all: new pages take longer than the work
-    for start in range(0, width if columns else height, size):
+    for start in range(0, count, size):
         if columns:
             rows, part = range(above, above + height), range(start, min(start + size, width))
         else:
