@@ -135,6 +135,7 @@ def main() -> int:
         parser.error(f"there is no bench {', '.join(unknown)} in bench/. There are: {', '.join(every)}")
     limit = asked.limit or (None if asked.full else LIMIT)
     to = asked.results / f"{datetime.date.today().isoformat()}-{asked.machine}.md"
+    to.parent.mkdir(parents=True, exist_ok=True)
     load, done = _load(), []
     for name in asked.names or every:
         print(f"== {name}", flush=True)
