@@ -104,8 +104,9 @@ def packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """That file, written from the tensors' own memory, which `packed` takes once more."""
+    """That file, written from the tensors' own memory, which `packed` takes once more, and synced."""
     safetensors.torch.save_file(_apart(tensors), path, metadata={"format": "pt"})
+    files.sync(path)
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from veneer import Adapter
+from veneer import Adapter, files
 from veneer.errors import Diverged, RunError
 from veneer.samples import whole
 from veneer.store import write_tensors
@@ -76,6 +76,7 @@ class Best(TrainerCallback):
                 tensors = self.adapter.state_dict()
                 if state.is_world_process_zero:
                     whole.replace(self.file, partial(write_tensors, tensors))
+                    files.sync(self.file.parent)
         elif self.lost(state):
             control.should_training_stop = True
 
