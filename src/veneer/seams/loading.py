@@ -252,10 +252,8 @@ def load(
     else:
         wanted["quantization_config"] = _Config(paths=paths, packing=packing)
     try:
-        with _pages_are_let_go():
+        with _reading():
             model, report = model_class.from_pretrained(source, config=config, output_loading_info=True, **wanted)
-    except _Stop as stop:
-        raise type(stop.error)(f"{source}: {stop.error}") from None
     except VeneerError as error:
         raise type(error)(f"{source}: {error}") from None
     except (OSError, ValueError, RuntimeError) as error:
@@ -272,11 +270,8 @@ def pack_while_loading(
     run: Callable[[Any], tuple[Any, Any]], paths: Mapping[str, Sequence[str]], packing: Mapping[str, Any]
 ) -> tuple[Any, Any]:
     """What `run(quantization_config)` loads by a `from_pretrained`, and its report; `paths`, `packing` as in `load`."""
-    try:
-        with _pages_are_let_go():
-            model, report = run(_Config(paths=paths, packing=packing))
-    except _Stop as stop:
-        raise stop.error from None
+    with _reading():
+        model, report = run(_Config(paths=paths, packing=packing))
     _take_marks_off(model)
     return model, report
 
@@ -337,13 +332,16 @@ def _reads(conversion: Any) -> bool:
 
 
 @contextmanager
-def _pages_are_let_go() -> Iterator[None]:
-    """Within, checkpoints are read, not mapped: a mapped file's pages stay in the process until it is closed."""
+def _reading() -> Iterator[None]:
+    """Within, checkpoints are read, not mapped: a mapped file's pages stay in the process until it is closed. What ends
+    a loading at once comes out as the error that it is."""
     names = vars(modeling_utils)
     original = names["safe_open"]
     names["safe_open"] = lambda *args, **options: original(*args, **{**options, "backend": "pread"})
     try:
         yield
+    except _Stop as stop:
+        raise stop.error from None
     finally:
         names["safe_open"] = original
 
