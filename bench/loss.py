@@ -29,7 +29,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from veneer.ops.loss import chunk_length, summed_cross_entropy
-from veneer.train.machine import fitting_threads
+from veneer.train.machine import fitted_to_machine
 
 VOCABULARY = 2**17
 WAYS = {
@@ -92,7 +92,7 @@ def main() -> None:
     asked = parser.parse_args()
     size = FULL if asked.full else SMALL
     if asked.only:
-        with fitting_threads():
+        with fitted_to_machine():
             print(json.dumps(measure(asked.only, size)))
         return
     found: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}

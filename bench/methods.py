@@ -22,7 +22,7 @@ from reviews import BATCH, HEAD, Run, Task
 from torch import Tensor
 
 import veneer
-from veneer.train.machine import fitting_threads
+from veneer.train.machine import fitted_to_machine
 
 STEPS, FEW_STEPS, HELD_OUT, FEW_HELD_OUT, LONGEST, PART_LR = 300, 24, 3000, 200, 24, 6e-3
 FEW = ("LoRA", "IA3", "prefix tuning", "BitFit")
@@ -94,7 +94,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with fitting_threads():
+    with fitted_to_machine():
         compare(options)
 
 

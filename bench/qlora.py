@@ -26,7 +26,7 @@ from torchao.quantization import IntxWeightOnlyConfig, PerGroup, quantize_
 
 import veneer
 from veneer import formats
-from veneer.train.machine import fitting_threads
+from veneer.train.machine import fitted_to_machine
 
 STEPS, FEW_STEPS, FEW_HELD_OUT, LONGEST, LR, BLOCK = 60, 12, 200, 32, 2e-3, 64
 
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    with fitting_threads():
+    with fitted_to_machine():
         compare(options)
 
 

@@ -31,7 +31,7 @@ from veneer.samples import smollm2, verses
 from veneer.samples.smollm2 import Chat
 from veneer.train import Recipe, encode, fit
 from veneer.train.judge import Judge
-from veneer.train.machine import fitting_threads, versions
+from veneer.train.machine import fitted_to_machine, versions
 
 BATCH, SEED, RATE = 8, 0, 3e-3
 BASES = (
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     console = Console()
-    with fitting_threads(), tempfile.TemporaryDirectory() as scratch:
+    with fitted_to_machine(), tempfile.TemporaryDirectory() as scratch:
         found = compare(options.full, Path(scratch), console)
     if options.out:
         options.out.write_text(json.dumps(found | {"versions": versions()}, indent=2) + "\n")

@@ -40,7 +40,7 @@ from veneer.demo import example
 from veneer.samples import smollm2, verses
 from veneer.seams.quiet import quiet
 from veneer.train.data.collate import Tokens
-from veneer.train.machine import fitting_threads, versions
+from veneer.train.machine import fitted_to_machine, versions
 
 SEED, RATE, LENGTH = 0, 1e-3, 512
 PEER, OURS, FLOOR = "TRL + PEFT", "Veneer", "frozen model"
@@ -199,7 +199,7 @@ def frozen(way: str, rows: list[dict[str, Any]], batch: int) -> str:
 def measure(way: str, rows: list[dict[str, Any]], batch: int, tokens: int) -> Run:
     Ticks.ends.clear()
     run: Callable[..., str] = frozen if way == FLOOR else trl if way.startswith(PEER) else recipe
-    with fitting_threads():
+    with fitted_to_machine():
         note = run(way, rows, batch)
     middle = len(Ticks.ends) // 2 - 1
     wall, cpu = (last - first for first, last in zip(Ticks.ends[middle], Ticks.ends[-1], strict=True))

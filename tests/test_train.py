@@ -34,7 +34,7 @@ from veneer.train.batch import by_length
 from veneer.train.curve import draw, smoothed
 from veneer.train.judge import Judge
 from veneer.train.labels import IGNORED
-from veneer.train.machine import fitting_threads, processors, versions
+from veneer.train.machine import fitted_to_machine, processors, versions
 from veneer.train.progress import History, Watch
 
 CHATML = (
@@ -348,7 +348,7 @@ def test_a_control_group_limits_the_processors(tmp_path, monkeypatch, quota, exp
 def test_threads_fit_for_a_while(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr("veneer.train.machine.processors", lambda: 1)
-    with fitting_threads() as threads:
+    with fitted_to_machine() as threads:
         assert threads == torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
 

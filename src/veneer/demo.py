@@ -27,7 +27,7 @@ from veneer.samples.smollm2 import Chat
 from veneer.train import Example, History, Recipe, encode, fit
 from veneer.train.curve import draw
 from veneer.train.judge import Judge, Judgement
-from veneer.train.machine import device, fitting_threads, peak_bytes, versions
+from veneer.train.machine import device, fitted_to_machine, peak_bytes, versions
 
 SYSTEM = "Rewrite in modern English."
 WORDS = 20
@@ -115,7 +115,7 @@ def run_demo(output: Path = Path("runs/demo"), quick: bool = False, seed: int = 
     where a sample package is not installed.
     """
     console = Console(stderr=json, highlight=False)
-    with fitting_threads() as threads:
+    with fitted_to_machine() as threads:
         report = _run(Path(output), QUICK if quick else FULL, seed, threads, Clock(console))
     text = report.model_dump_json(indent=2)
     whole.replace(Path(output) / "report.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))

@@ -9,6 +9,7 @@ import logging
 import signal
 import sys
 
+from veneer.environment import spare_memory
 from veneer.errors import Stopped, VeneerError
 
 TALKATIVE = "bitsandbytes", "torchao", "torch.utils._pytree"
@@ -17,6 +18,7 @@ TALKATIVE = "bitsandbytes", "torchao", "torch.utils._pytree"
 
 def main() -> None:
     """Run the `veneer` command; a user's mistake is one sentence on standard error and exit code 2."""
+    spare_memory()  # before anything makes a tensor
     from veneer.cli import choose, compare, data, export, plan, train  # noqa: F401  # they register their commands
     from veneer.cli.commands import app
 

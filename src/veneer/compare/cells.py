@@ -33,7 +33,7 @@ from veneer.samples import whole
 from veneer.train import models
 from veneer.train import recipe as recipes
 from veneer.train.data import Prepared, prepare, recognize
-from veneer.train.machine import device, fitting_threads, peak_bytes, versions
+from veneer.train.machine import device, fitted_to_machine, peak_bytes, versions
 from veneer.train.progress import History
 from veneer.train.recipe import Recipe
 from veneer.train.run import train
@@ -59,7 +59,7 @@ def _run(told: dict[str, Any], file: Path) -> None:
     folder = file.parent
     shutil.rmtree(folder / "run", ignore_errors=True)  # of an earlier process that was killed
     recipe = recipes.read(json.dumps(told["recipe"] | {"output": str(folder / "run")}), str(file))
-    with fitting_threads():
+    with fitted_to_machine():
         _, task = recognize(recipe.data)
         tokenizer = models.processing(recipe.model, task)
         prepared = prepare(recipe.data, tokenizer, recipe.training.seed)

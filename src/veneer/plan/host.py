@@ -10,7 +10,7 @@ KEPT, MOST = 0.85, 1.25
 """Expected and at most: bytes in holes of glibc's heap for each byte that a block makes in a step, recomputed ones too.
 
 Chosen after bench/plan.py's measured steps (glibc 2.36) of models of eight blocks, which leave 0.6 to 1.2. A model of
-32 blocks leaves no more than one of eight."""
+32 blocks at one length leaves no more than one of eight; batches of many lengths leave more the deeper it is."""
 
 
 def resident() -> int:

@@ -67,15 +67,18 @@ class Setting:
 
 
 @uncollected()
-def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
-    """(counts at full depth, what one more period of blocks adds), from builds of each stack at two depths."""
+def counts(config: Any, setting: Setting, inference: bool = True) -> tuple[Counts, Mapping[str, float]]:
+    """(counts at full depth, what one more period of blocks adds), from builds of each stack at two depths.
+
+    inference: whether the forward of base and adapter is counted beside the step.
+    """
     stacks = depths(config)
     few = {stack: stack.few for stack in stacks}
-    base = _counted(config, few, setting)
+    base = _counted(config, few, setting, inference)
     total, block = dict(base), dict.fromkeys(base, 0.0)
     for stack in stacks:
         if stack.steps:
-            more = _counted(config, few | {stack: stack.more}, setting)
+            more = _counted(config, few | {stack: stack.more}, setting, inference)
             for key in base:
                 added = more[key] - base[key]
                 if key.startswith("largest"):
@@ -92,11 +95,12 @@ _KNOWN: dict[str, Counts] = {}
 _FORWARDS: dict[str, Counts] = {}
 
 
-def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Counts:
-    key = f"{config.to_json_string(use_diff=False)} {sorted((d.names, n) for d, n in chosen.items())} {setting}"
+def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting, inference: bool = True) -> Counts:
+    sizes = sorted((d.names, n) for d, n in chosen.items())
+    key = f"{config.to_json_string(use_diff=False)} {sizes} {setting} {inference}"
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = _count(shallow(config, chosen), setting)
+            _KNOWN[key] = _count(shallow(config, chosen), setting, inference)
     return dict(_KNOWN[key])
 
 
@@ -129,7 +133,7 @@ def train_by(model: Any, setting: Setting) -> Any:
     return adapter
 
 
-def _count(config: Any, setting: Setting) -> Counts:
+def _count(config: Any, setting: Setting, inference: bool = True) -> Counts:
     model = build(config, setting)
     if not transformers.accepts(model, "input_ids"):
         raise PlanError(f"{type(model).__name__} takes no token ids, and only steps on those are planned.")
@@ -143,13 +147,15 @@ def _count(config: Any, setting: Setting) -> Counts:
     # What an adapter adds to a forward is a share of the base's, and the same for one example as for many.
     one = replace(setting, checkpointing=False, batch=setting.batch if setting.method is None else 1)
     with _attention(setting):
-        found |= _forward("base", model, replace(one, method=None, where=None, also_train=()))
+        if inference or setting.method is None:
+            found |= _forward("base", model, replace(one, method=None, where=None, also_train=()))
         if setting.method is None:
             return found | {"trainable": 0, "adapter": 0}
         adapter = train_by(model, setting)
         if adapter is not None:
-            model.eval()
-            found |= _forward("adapted", model, one)
+            if inference:
+                model.eval()
+                found |= _forward("adapted", model, one)
             found["left"] = sum(not claim.delta.mergeable for claim in adapter.claims)
             found["sites"] = len(adapter.claims)
             model.train()

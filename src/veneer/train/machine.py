@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from veneer.environment import spare_memory
+
 PACKAGES = ("veneer", "torch", "transformers", "accelerate", "safetensors", "sacrebleu")
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 STATUS = Path("/proc/self/status")
@@ -35,12 +37,13 @@ def peak_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def fitting_threads() -> Iterator[int]:
-    """As many torch threads as this process may run at once, for a while.
+def fitted_to_machine() -> Iterator[int]:
+    """As many torch threads as this process may run at once, for a while; from then on, a sparing environment.
 
     torch counts the machine's cores. In a container that may use two of sixty-four, its threads would wait for each
     other most of the time: ten times slower, as measured with four threads on two cores.
     """
+    spare_memory()
     before = torch.get_num_threads()
     threads = min(before, processors())
     torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from veneer.train import checkpoint, models, tasks
 from veneer.train import recipe as recipes
 from veneer.train.attempt import Result, Run
 from veneer.train.data import Prepared, prepare, recognize
-from veneer.train.machine import fitting_threads
+from veneer.train.machine import fitted_to_machine
 from veneer.train.processes import processes
 from veneer.train.recipe import Recipe
 from veneer.train.refusing import refuse, refuse_metrics, refuse_used
@@ -54,7 +54,7 @@ def train(
     refuse(found, tasks.of(task, found.training.dpo_beta))
     signals = Signals()
     with (
-        fitting_threads(),
+        fitted_to_machine(),
         checkpoint.locked(folder, several.is_main_process),
         signals.caught_here(),
         checkpoint.scratch(folder / f".rows-{several.process_index}") as rows,
