@@ -41,11 +41,11 @@ def largest_sequence(plan: Plan, size: int) -> int:
 def _largest(plan: Plan, option: str, points: tuple[int, ...], size: int, most: int) -> int:
     def at(n: int, counted: Counts | None = None) -> Plan:
         options: dict[str, Any] = {option: n}
-        return plan.changed(counted, inference=False, **options)
+        return plan.changed(counted, **options)
 
     def between(n: int) -> Counts:
         weights = {a: math.prod((n - b) / (a - b) for b in points if b != a) for a in points}
-        return {key: sum(w * known[a].counted[key] for a, w in weights.items()) for key in known[points[0]].counted}
+        return {key: sum(w * known[a].counted[key] for a, w in weights.items()) for key in plan.counted}
 
     def most_within(off: float) -> int:
         low, high = 0, most + 1

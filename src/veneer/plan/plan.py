@@ -104,16 +104,15 @@ class Plan:
             return True
         return False if self.peak.low > size else None
 
-    def changed(self, counted: Counts | None = None, inference: bool = True, **options: Any) -> Plan:
+    def changed(self, counted: Counts | None = None, **options: Any) -> Plan:
         """The plan with other options: those of `plan`, such as batch_size=2 or checkpointing=True.
 
-        `counted` are its counts where they are known; nothing is traced then. Without `inference` its overhead is not
-        counted, which is a third of the work.
+        `counted` are its counts where they are known; nothing is traced then.
         """
         names = {"batch_size": "batch", "sequence_length": "sequence"}
         optimizer = options.pop("optimizer", self.optimizer)
         setting = replace(self.setting, **{names.get(key, key): value for key, value in options.items()})
-        return made(self.config, setting, optimizer, self.device, counted, inference)
+        return made(self.config, setting, optimizer, self.device, counted)
 
     def as_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -163,9 +162,8 @@ class Plan:
             terms = " + ".join(f"{_mib(part.expected)} {key}" for key, part in parts.items() if part.expected)
             lines.append(f"{name}: {terms} = {_mib(whole)}")
         lines.append(f"peak: {_mib(self.peak.expected)}, between {_mib(self.peak.low)} and {_mib(self.peak.high)}")
-        moved, calls = (c[key if s.method is not None else f"base {key}"] for key in ("moved", "calls"))
-        lines.append(f"operations: {self.flops:.4g} in products, {_mib(moved)} in and out of")
-        lines[-1] += f" the {calls:.0f} other calls" if self.flops else ""
+        lines.append(f"operations: {self.flops:.4g} in products, {_mib(c.get('moved', c['base moved']))} in and out of")
+        lines[-1] += f" the {c.get('calls', c['base calls']):.0f} other calls" if self.flops else ""
         if self.step_seconds and self.device:
             known = constants(self.device)
             lines.append(
@@ -278,23 +276,16 @@ def config_of(model: Any) -> Any:
     return loading.config_of(name, None)
 
 
-def made(
-    config: Any,
-    setting: Setting,
-    optimizer: str,
-    device: Device | None,
-    counted: Counts | None = None,
-    inference: bool = True,
-) -> Plan:
+def made(config: Any, setting: Setting, optimizer: str, device: Device | None, counted: Counts | None = None) -> Plan:
     """The plan of a setting, from its counts."""
     if optimizer not in NAMES:
         near = closest(optimizer, NAMES)
         raise PlanError(f"There is no optimizer '{optimizer}'.{near} All: {', '.join(NAMES)}.")
-    counted, block = (counted, {}) if counted else counts(config, setting, inference)
+    counted, block = (counted, {}) if counted else counts(config, setting)
     phases = _phases(counted, setting, optimizer)
     memory = {part: _most(phases[name][part] for name in phases) for part in PARTS}
     sums = [sum(parts.values(), Interval.of(0)) for parts in phases.values()]
-    flops = counted["base flops" if setting.method is None else "flops"]
+    flops = counted.get("flops", counted["base flops"])
     before = Overhead(0.0, 0.0)
     if "adapted flops" in counted:
         more = counted["adapted flops"] - counted["base flops"]

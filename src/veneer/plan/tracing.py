@@ -67,18 +67,15 @@ class Setting:
 
 
 @uncollected()
-def counts(config: Any, setting: Setting, inference: bool = True) -> tuple[Counts, Mapping[str, float]]:
-    """(counts at full depth, what one more period of blocks adds), from builds of each stack at two depths.
-
-    inference: whether the forward of base and adapter is counted beside the step.
-    """
+def counts(config: Any, setting: Setting) -> tuple[Counts, Mapping[str, float]]:
+    """(counts at full depth, what one more period of blocks adds), from builds of each stack at two depths."""
     stacks = depths(config)
     few = {stack: stack.few for stack in stacks}
-    base = _counted(config, few, setting, inference)
+    base = _counted(config, few, setting)
     total, block = dict(base), dict.fromkeys(base, 0.0)
     for stack in stacks:
         if stack.steps:
-            more = _counted(config, few | {stack: stack.more}, setting, inference)
+            more = _counted(config, few | {stack: stack.more}, setting)
             for key in base:
                 added = more[key] - base[key]
                 if key.startswith("largest"):
@@ -95,12 +92,11 @@ _KNOWN: dict[str, Counts] = {}
 _FORWARDS: dict[str, Counts] = {}
 
 
-def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting, inference: bool = True) -> Counts:
-    sizes = sorted((d.names, n) for d, n in chosen.items())
-    key = f"{config.to_json_string(use_diff=False)} {sizes} {setting} {inference}"
+def _counted(config: Any, chosen: Mapping[Depth, int], setting: Setting) -> Counts:
+    key = f"{config.to_json_string(use_diff=False)} {sorted((d.names, n) for d, n in chosen.items())} {setting}"
     if key not in _KNOWN:
         with quiet():
-            _KNOWN[key] = _count(shallow(config, chosen), setting, inference)
+            _KNOWN[key] = _count(shallow(config, chosen), setting)
     return dict(_KNOWN[key])
 
 
@@ -133,7 +129,7 @@ def train_by(model: Any, setting: Setting) -> Any:
     return adapter
 
 
-def _count(config: Any, setting: Setting, inference: bool = True) -> Counts:
+def _count(config: Any, setting: Setting) -> Counts:
     model = build(config, setting)
     if not transformers.accepts(model, "input_ids"):
         raise PlanError(f"{type(model).__name__} takes no token ids, and only steps on those are planned.")
@@ -147,15 +143,13 @@ def _count(config: Any, setting: Setting, inference: bool = True) -> Counts:
     # What an adapter adds to a forward is a share of the base's, and the same for one example as for many.
     one = replace(setting, checkpointing=False, batch=setting.batch if setting.method is None else 1)
     with _attention(setting):
-        if inference or setting.method is None:
-            found |= _forward("base", model, replace(one, method=None, where=None, also_train=()))
+        found |= _forward("base", model, replace(one, method=None, where=None, also_train=()))
         if setting.method is None:
             return found | {"trainable": 0, "adapter": 0}
         adapter = train_by(model, setting)
         if adapter is not None:
-            if inference:
-                model.eval()
-                found |= _forward("adapted", model, one)
+            model.eval()
+            found |= _forward("adapted", model, one)
             found["left"] = sum(not claim.delta.mergeable for claim in adapter.claims)
             found["sites"] = len(adapter.claims)
             model.train()
