@@ -233,8 +233,7 @@ def table_advice() -> list[str]:
         "of quality that many",
         "tasks may cost were set so that adapters come first there. It shows that the advice is "
         "consistent with computed costs",
-        "under such constraints, not that it was found without knowing it. The cited qualities were "
-        "checked against",
+        "under such constraints, not that it was found without knowing it. The cited qualities were checked against",
         "their papers' tables.",
     ]
     return [*lines, "", "Where later evidence differs:", "", *(f"- {note}" for note in dict.fromkeys(notes))]
