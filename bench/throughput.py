@@ -1,6 +1,6 @@
 """How many tokens a second does training take: a recipe of Veneer's beside TRL's SFTTrainer with PEFT?
 
-    .venv/bin/python bench/throughput.py [--full] [--examples 24] [--batch 8] [--rounds 2] [--ways ...]
+    .venv/bin/python bench/throughput.py [--full] [--examples 24] [--batch 8] [--rounds 1] [--ways ...]
 
 LoRA of rank 8 on all linears of SmolLM2-135M in bfloat16, adapters in float32, the same verses as chats, answers
 learned only, batches of like length, no recomputing. TRL has its own loss in chunks and autocast, its default. Each
@@ -9,7 +9,7 @@ figure is the tokens of all examples, without padding, over the seconds of that 
 processor's, which other work on the machine disturbs less. Ways take turns in one process, and ratios are those of each
 turn. The floor is the frozen model forward and back, with the loss in chunks, on the same examples and nothing else.
 
-The short measure is TRL, ours and the floor. --full measures the other ways too (no autocast, packed rows
+The short measure is TRL, ours and the floor, once. --full measures the other ways too (no autocast, packed rows
 of 512 tokens, the loss whole, blocks compiled), on more examples and in more rounds. Needs `trl` and `peft`, and a C++
 compiler for the compiled way.
 """
@@ -237,7 +237,7 @@ def main() -> None:
     rows = chats(examples)
     tokens = sum(lengths(rows))
     found: dict[str, list[Run]] = {way: [] for way in ways}
-    for _ in range(asked.rounds or (5 if asked.full else 2)):
+    for _ in range(asked.rounds or (5 if asked.full else 1)):
         for way in ways:
             found[way].append(measure(way, rows, asked.batch, tokens))
             print(way, found[way][-1], file=sys.stderr, flush=True)
