@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import torch
 import transformers
-from process_memory import forget_peak, status
+from process_memory import apart, forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -67,13 +65,7 @@ def main() -> None:
     for where in WHERE:
         plain = 0.0
         for way in WAYS:
-            ran = subprocess.run(
-                [sys.executable, __file__, *sys.argv[1:], "--only", where, way],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
-            found = json.loads(ran.stdout.splitlines()[-1])
+            found = apart("--only", where, way)
             plain = plain or found["cpu"]
             times = (found["seconds"], found["cpu"], found["cpu"] / plain)
             table.add_row(where, way, f"{found['memory'] / 2**20:.0f}", *(f"{each:.2f}" for each in times))

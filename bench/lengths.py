@@ -16,13 +16,11 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
 import transformers
-from process_memory import forget_peak, status
+from process_memory import apart, forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,12 +70,14 @@ def main() -> None:
     if asked.only:
         print(json.dumps(measure(*asked.only, blocks)))
         return
+    plain = {name: value for name, value in os.environ.items() if name not in SPARING}
     table = Table("LoRA", "dtype", "memory, MiB", "of PEFT's", "seconds", "of PEFT's")
     for dtype in DTYPES:
         found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
         for _ in range(turns):
             for way in WAYS:
-                found[way].append(json.loads(_run(way, dtype)))
+                told = plain | SPARING if way == WAYS[2] else plain
+                found[way].append(apart("--only", way, dtype, environment=told))
         for way, rows in found.items():
             cells = []
             for what, unit, digits in (("memory", 2**20, 0), ("seconds", 1, 1)):
@@ -88,19 +88,6 @@ def main() -> None:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, one thread"
     table.caption = f"{LENGTHS} lengths, {blocks} blocks, {ROWS} rows; {versions}"
     Console(width=100).print(table)
-
-
-def _run(way: str, dtype: str) -> str:
-    """What a process of its own prints; with what `train` tells the environment for the last way, and nothing else."""
-    others = {name: value for name, value in os.environ.items() if name not in SPARING}
-    ran = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--only", way, dtype],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=others | (SPARING if way == WAYS[2] else {}),
-    )
-    return ran.stdout.splitlines()[-1]
 
 
 if __name__ == "__main__":

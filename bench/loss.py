@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
 import torch
 import transformers
-from process_memory import forget_peak, status
+from process_memory import apart, forget_peak, status
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -98,9 +96,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in asked.ways}
     for _ in range(size.rounds):
         for way in asked.ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--only", way]
-            ran = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[way].append(json.loads(ran.stdout.splitlines()[-1]))
+            found[way].append(apart("--only", way))
     table = Table("loss", "memory MiB", "of stock", "step s", "of stock", "CPU s", "of stock", "value")
     for way, runs in found.items():
         stock = found["stock, half" if "half" in way else "stock"]

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 import warnings
 
 import bitsandbytes
 import torch
-from process_memory import forget_peak, status
+from process_memory import apart, forget_peak, status
 from rich.console import Console
 from rich.table import Table
 
@@ -75,8 +73,7 @@ def main() -> None:
     table = Table("optimizer", "memory MiB", "step s", "CPU s", "CPU / AdamW")
     plain = 0.0
     for kind in KINDS:
-        ran = subprocess.run([sys.executable, *sys.argv, "--kind", kind], capture_output=True, text=True, check=True)
-        found = json.loads(ran.stdout.splitlines()[-1])
+        found = apart("--kind", kind)
         plain = plain or found["cpu"]
         figures = (found["memory"] / MIB, found["seconds"], found["cpu"], found["cpu"] / plain)
         table.add_row(kind, *(f"{figure:.{digits}f}" for figure, digits in zip(figures, (0, 2, 2, 2), strict=True)))

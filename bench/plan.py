@@ -16,7 +16,6 @@ import copy
 import json
 import os
 import statistics
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from process_memory import forget_peak, status
+from process_memory import apart, forget_peak, status
 from transformers import BertConfig, GemmaConfig, GPT2Config, LlamaConfig, MixtralConfig, T5Config
 
 import veneer
@@ -141,11 +140,8 @@ def peaks(
         for name, checkpointing in ways:
             if (family, name) == ("gpt2", "qlora"):
                 continue  # its weights are no linears
-            command = [sys.executable, __file__, "--only", family, name, str(int(checkpointing)), dense]
-            found = []
-            for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-                ran = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | more)
-                found.append(json.loads(ran.stdout.splitlines()[-1]))
+            only = ("--only", family, name, str(int(checkpointing)), dense)
+            found = [apart(*only, environment=os.environ | more) for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "65536"})]
             rows.append((family, name, checkpointing, *found))
     return rows
 
